@@ -1,0 +1,1 @@
+"""Planners turn a service port and its endpoints into kernel objects: plain data, no I/O."""

@@ -1,0 +1,207 @@
+"""The text of iptables: changes as iptables-restore input, iptables-save output as kernel objects.
+
+Also the normal form of a rule: versions and variants of iptables print the same rule a little differently
+(order of matches, `-m tcp` spelled out or not, "--set-xmark 0x4000/0x0" or "--xor-mark 0x4000"), and a difference in
+spelling must never make the agent rewrite a rule that is right.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from ..transaction import Change, Transaction
+from .iptables import (
+    MARK_MASQ,
+    NODE_PORTS,
+    PROXY_FIREWALL,
+    SERVICES,
+    Chain,
+    DispatchChain,
+    DispatchRule,
+    Hooks,
+    IptablesObject,
+)
+
+TABLES = ("filter", "nat")
+_FIXED = {
+    "nat": {MARK_MASQ, "KUBE-POSTROUTING"},
+    "filter": {"KUBE-FORWARD", "KUBE-FIREWALL"},
+}
+_DISPATCH = {
+    "nat": {SERVICES, NODE_PORTS},
+    "filter": {SERVICES, NODE_PORTS, "KUBE-EXTERNAL-SERVICES", PROXY_FIREWALL},
+}
+_PER_SERVICE = re.compile(r"KUBE-(SVC|SVL|EXT|FW|SEP|XLB)-[A-Z2-7]{16}$")
+_BUILT_IN = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}
+
+
+# -- writing
+
+
+def render(changes: Sequence[Change]) -> Transaction:
+    """One iptables-restore --noflush input for one family; it must be given all or nothing.
+
+    Inside a table everything is atomic, between the tables it is not: filter comes first when it gains
+    refusals (they do not match what nat still translates), and last when it only loses them.
+    """
+    by_table: dict[str, list[Change]] = defaultdict(list)
+    for change in changes:
+        obj = change.after or change.before
+        assert obj is not None
+        by_table[obj.table].append(change)
+    order = list(TABLES)
+    if all(c.after is None for c in by_table["filter"]):
+        order.reverse()
+    lines = [line for table in order if by_table[table] for line in _table(table, by_table[table])]
+    return Transaction("".join(f"{line}\n" for line in lines), operations=len(lines))
+
+
+def _table(table: str, changes: Sequence[Change]) -> Iterator[str]:
+    # Naming a chain makes it, or empties it: with its rules go its references to chains that are to be dropped.
+    emptied = {c.key[2] for c in changes if _empties(c)}
+    dropped = sorted(c.key[2] for c in changes if c.after is None and c.key[0] == "chain")
+    yield f"*{table}"
+    yield from (f":{name} - [0:0]" for name in sorted(emptied))
+    for change in changes:
+        yield from _removals(change, emptied)
+    for change in changes:
+        yield from _additions(change)
+    yield from (f"-X {name}" for name in dropped)
+    yield "COMMIT"
+
+
+def _empties(change: Change) -> bool:
+    """A dispatch chain is emptied only when it comes or goes: its other services' rules must stay."""
+    kind = change.key[0]
+    dispatch = isinstance(change.before, DispatchChain) and isinstance(change.after, DispatchChain)
+    return kind == "chain" and not dispatch
+
+
+def _removals(change: Change, emptied: set[str]) -> Iterator[str]:
+    match change.before:
+        case DispatchRule(chain=chain, rule=rule) if chain not in emptied:
+            yield f"-D {chain} {rule}"
+        case DispatchChain(name=chain, tail=rules) | Hooks(chain=chain, rules=rules) if chain not in emptied:
+            yield from (f"-D {chain} {rule}" for rule in rules)
+
+
+def _additions(change: Change) -> Iterator[str]:
+    match change.after:
+        case Chain(name=chain, rules=rules) | DispatchChain(name=chain, tail=rules):
+            yield from (f"-A {chain} {rule}" for rule in rules)
+        case DispatchRule(chain=chain, rule=rule):
+            yield f"-I {chain} {rule}"  # at the head, so that a tail stays last
+        case Hooks(chain=chain, rules=rules):
+            yield from (f"-I {chain} {rule}" for rule in reversed(rules))
+
+
+# -- reading
+
+
+class Saved(NamedTuple):
+    """What an iptables-save text holds: our objects by key, and the names of all chains there are."""
+
+    objects: dict[tuple[str, ...], IptablesObject]
+    chains: set[tuple[str, str]]  # (table, name)
+
+
+def parse_save(text: str) -> Saved:
+    """Pick our objects out of the output of iptables-save (all tables, or some)."""
+    chains: dict[tuple[str, str], list[str]] = {}
+    table = ""
+    for line in text.splitlines():
+        if line.startswith("*"):
+            table = line[1:].strip()
+        elif line.startswith(":"):
+            chains.setdefault((table, line[1:].split(" ", 1)[0]), [])
+        elif line.startswith("-A "):
+            name, _, rule = line[3:].partition(" ")
+            chains.setdefault((table, name), []).append(rule)
+    objects = [obj for (table, name), rules in chains.items() for obj in _ours(table, name, rules)]
+    return Saved({obj.key: obj for obj in objects}, set(chains))
+
+
+def _ours(table: str, name: str, rules: list[str]) -> Iterator[IptablesObject]:
+    if name in _DISPATCH.get(table, ()):
+        claims = [(_claim(rule), rule) for rule in rules]
+        yield DispatchChain(table, name, tuple(rule for claim, rule in claims if not claim))
+        seen: dict[str, int] = defaultdict(int)
+        for claim, rule in claims:
+            if claim:
+                seen[claim] += 1
+                # A second rule for the same traffic is never planned, so it counts as stale under a key of its own.
+                unique = claim if seen[claim] == 1 else f"{claim} #{seen[claim]}"
+                yield DispatchRule(table, name, unique, rule)
+    elif name in _FIXED.get(table, ()) or (table == "nat" and _PER_SERVICE.match(name)):
+        yield Chain(table, name, tuple(rules))
+    elif name in _BUILT_IN and table in TABLES:
+        jumps = tuple(r for r in rules if _target(r) in _FIXED[table] | _DISPATCH[table])
+        if jumps:
+            yield Hooks(table, name, jumps)
+
+
+def _target(rule: str) -> str:
+    _, _, target = rule.rpartition(" -j ")
+    return (target or rule.removeprefix("-j ")).split(" ", 1)[0]
+
+
+def _claim(rule: str) -> str:
+    """Which traffic a rule of a dispatch chain takes, as DispatchRule.claim; "" when it is not one service's."""
+    port = re.search(r" --dport (\d+)", rule)
+    proto = re.search(r"(?:^| )-p (\w+)", rule)
+    if not port or not proto:
+        return ""
+    destination = re.search(r"(?:^| )-d ([0-9a-f.:]+)(?:/32|/128)? ", rule)
+    local_net = " -d 127.0.0.0/8 " in f" {rule}"
+    where = "127.0.0.0/8" if local_net else destination.group(1) if destination else "*"
+    return f"{where} {proto.group(1)} {port.group(1)}"
+
+
+# -- comparing
+
+
+def same(planned: IptablesObject, actual: IptablesObject) -> bool:
+    """Whether the kernel's object is what is planned, whatever the spelling."""
+    if planned == actual:
+        return True
+    return _parts(planned) == _parts(actual)
+
+
+def _parts(obj: IptablesObject) -> tuple[object, ...]:
+    match obj:
+        case Chain(rules=rules) | Hooks(rules=rules) | DispatchChain(tail=rules):
+            return (obj.key, tuple(map(normal, rules)))
+        case DispatchRule(rule=rule):
+            return (obj.key, normal(rule))
+
+
+@lru_cache(maxsize=4096)
+def normal(rule: str) -> frozenset[tuple[str, ...]]:
+    """The options of a rule as a set: (negated?, option, arguments…). Raises ValueError on broken quoting."""
+    options: list[list[str]] = []
+    negated = False
+    for token in shlex.split(rule):
+        if token == "!":
+            negated = True
+        elif token.startswith("-") and not token.lstrip("-")[:1].isdigit():
+            options.append(["!" if negated else "", token])
+            negated = False
+        else:
+            options[-1].append(token)
+    return frozenset(tuple(_spelling(option)) for option in options if option[1] != "-m")
+
+
+def _spelling(option: list[str]) -> list[str]:
+    negated, name, *values = option
+    if name in ("-s", "-d") and values and "/" not in values[0]:
+        values = [f"{values[0]}/{128 if ':' in values[0] else 32}"]
+    elif name == "--xor-mark" and values:
+        name, values = "--set-xmark", [f"{values[0]}/0x0"]
+    elif name == "--or-mark" and values:
+        name, values = "--set-xmark", [f"{values[0]}/{values[0]}"]
+    return [negated, name, *values]

@@ -1,0 +1,63 @@
+"""Which endpoints serve which traffic of a service port, on this node: the whole truth about traffic policies,
+topology hints and terminating endpoints. Pure; kube-proxy's CategorizeEndpoints is the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from .model import Endpoint, Node, ServicePort
+
+
+class Serving(NamedTuple):
+    """Endpoints by the traffic they serve; each tuple is sorted as `str(endpoint)` and free of duplicates."""
+
+    cluster: tuple[Endpoint, ...] = ()  # traffic under policy Cluster
+    local: tuple[Endpoint, ...] = ()  # traffic under policy Local
+    reachable: tuple[Endpoint, ...] = ()  # the union: whatever any traffic may reach from this node
+    any: bool = False  # False: nobody anywhere serves, so refuse; True and no `local`: policy Local drops
+
+
+def categorize(port: ServicePort, endpoints: Iterable[Endpoint], node: Node) -> Serving:
+    """Sort out the endpoints of one service port; `endpoints` may come in any order."""
+    endpoints = sorted(endpoints, key=str)
+    cluster: tuple[Endpoint, ...] = ()
+    local: tuple[Endpoint, ...] = ()
+    if port.uses_cluster_endpoints:
+        in_topology = _topology(endpoints, node)
+        # A topology is only chosen when a ready endpoint is in it, so an empty result means: nobody is ready.
+        cluster = tuple(e for e in endpoints if e.ready and in_topology(e)) or _draining(endpoints)
+    if not port.uses_local_endpoints:
+        return Serving(cluster, (), cluster, bool(cluster))
+    mine = [e for e in endpoints if e.node and e.node == node.name]
+    local = tuple(e for e in mine if e.ready) or _draining(mine)
+    anybody = bool(cluster) or any(e.ready or (e.serving and e.terminating) for e in endpoints)
+    return Serving(cluster, local, _merge(cluster, local), anybody)
+
+
+def _draining(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
+    """The last resort: endpoints that are going away but still answer (KEP-1669)."""
+    return tuple(e for e in endpoints if e.serving and e.terminating)
+
+
+def _topology(endpoints: Iterable[Endpoint], node: Node) -> Callable[[Endpoint], bool]:
+    """The narrowest topology that every ready endpoint is hinted for and one of them serves: node, zone, all.
+
+    One ready endpoint without hints switches them off for all: the controller has not placed it yet, and
+    ignoring it would overload the others.
+    """
+    ready = [e for e in endpoints if e.ready]
+    if all(e.node_hints for e in ready) and any(node.name in e.node_hints for e in ready):
+        return lambda e: node.name in e.node_hints
+    if node.zone and all(e.zone_hints for e in ready) and any(node.zone in e.zone_hints for e in ready):
+        return lambda e: node.zone in e.zone_hints
+    return lambda e: True
+
+
+def _merge(cluster: tuple[Endpoint, ...], local: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+    """Local endpoints may be draining or outside the topology, so neither tuple need contain the other."""
+    if not cluster:
+        return local
+    extra = set(local).difference(cluster)
+    return tuple(sorted((*cluster, *extra), key=str)) if extra else cluster

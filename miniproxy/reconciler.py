@@ -1,0 +1,222 @@
+"""Keeps one family's kernel state what it should be: desired − applied = one small transaction.
+
+It knows what every service port wants (`set`) and what the kernel holds (`adopt`, and every transaction that
+succeeded), and keeps the keys on which the two differ. So a change costs what it changes, whatever
+the number of services, and nothing that is right is ever written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from .model import ServicePortName
+from .transaction import Backend, Change, Transaction, TransactionError
+
+Owner = ServicePortName | None  # None: the frame, which belongs to no service
+_STALE: Owner = ServicePortName("", "", "stale", "TCP")  # sorts before any service; owns what nobody wants
+_GIVE_UP = 8  # this many service ports refused in a row and none taken: it is not they who are bad
+
+
+class Result(NamedTuple):
+    """What one sync did."""
+
+    transactions: tuple[Transaction, ...] = ()
+    set_aside: tuple[tuple[ServicePortName, str], ...] = ()  # refused by the kernel just now, and why
+
+    @property
+    def operations(self) -> int:
+        return sum(t.operations for t in self.transactions)
+
+
+class Reconciler:
+    """One backend in one family. Not thread-safe: one thread owns the kernel."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.aside: dict[ServicePortName, str] = {}  # service ports the kernel refused, and why
+        self._wanted: dict[Owner, dict[Hashable, Any]] = {}
+        self._claims: dict[Hashable, list[Owner]] = {}  # who wants a key; few, so a list
+        self._applied: dict[Hashable, Any] = {}
+        self._dirty: dict[Hashable, Owner] = {}  # where the two differ, in the order found, and whose it is
+
+    # -- what should be
+
+    def frame(self, objects: Iterable[Any]) -> None:
+        """State the objects that are needed whatever services there are."""
+        self._want(None, objects)
+
+    def set(self, name: ServicePortName, objects: Iterable[Any]) -> None:
+        """State all objects of a service port; none when it is gone. It costs what differs from before."""
+        self.aside.pop(name, None)
+        self._want(name, objects)
+
+    def wanted(self, name: ServicePortName) -> tuple[Any, ...]:
+        return tuple(self._wanted.get(name, {}).values())
+
+    def desired(self) -> dict[Hashable, Any]:
+        """Everything that should be, by key. Looks at all services: for comparisons, not for the change path."""
+        return {key: self._wanted[owners[0]][key] for key, owners in self._claims.items()}
+
+    def conflicts(self, name: ServicePortName) -> list[tuple[Hashable, Owner]]:
+        """Keys this service port wants and does not get because another has them with other content."""
+        found = []
+        for key, obj in self._wanted.get(name, {}).items():
+            winner = self._claims[key][0]
+            if winner != name and self._wanted[winner][key] != obj:
+                found.append((key, winner))
+        return found
+
+    def _want(self, owner: Owner, objects: Iterable[Any]) -> None:
+        before = self._wanted.pop(owner, {})
+        after = {obj.key: obj for obj in objects}
+        if after:
+            self._wanted[owner] = after
+        for key in {**before, **after}:
+            if key not in after:
+                self._disclaim(key, owner)
+            elif key not in before:
+                self._claim(key, owner)
+            if before.get(key) != after.get(key):
+                self._compare(key, owner)
+
+    def _claim(self, key: Hashable, owner: Owner) -> None:
+        owners = self._claims.setdefault(key, [])
+        owners.append(owner)
+        # The frame first, then the smallest name: who wins a conflict must not depend on who came first.
+        owners.sort(key=lambda o: (o is not None, o or ()))
+
+    def _disclaim(self, key: Hashable, owner: Owner) -> None:
+        owners = self._claims[key]
+        owners.remove(owner)
+        if not owners:
+            del self._claims[key]
+
+    def _compare(self, key: Hashable, owner: Owner) -> None:
+        """Note whether a key is as it should be; `owner` answers for it where nobody wants it any more."""
+        if self._desired(key) == self._applied.get(key):
+            self._dirty.pop(key, None)
+        else:
+            self._dirty[key] = self._claims[key][0] if key in self._claims else owner
+
+    def _desired(self, key: Hashable) -> Any:
+        owners = self._claims.get(key)
+        return self._wanted[owners[0]][key] if owners else None
+
+    # -- what is
+
+    def adopt(self) -> int:
+        """Read the kernel; whatever is right there stays untouched. Returns how many objects differ.
+
+        Raises TransactionError when it cannot be read; then nothing is changed.
+        """
+        actual = self.backend.read()
+        applied: dict[Hashable, Any] = {}
+        for key, obj in actual.items():
+            wanted = self._desired(key)
+            # Kept in the planned spelling, so that from here on equality is plain equality.
+            applied[key] = wanted if wanted is not None and self.backend.same(wanted, obj) else obj
+        self._applied = applied
+        self._dirty = {}
+        self.aside.clear()
+        for key in {**self._claims, **applied}:
+            self._compare(key, _STALE)
+        return len(self._dirty)
+
+    @property
+    def applied(self) -> Mapping[Hashable, Any]:
+        return self._applied
+
+    def pending(self) -> int:
+        """How many objects are not as they should be."""
+        return len(self._dirty)
+
+    # -- from what is to what should be
+
+    def sync(self, *, bisect: bool = True) -> Result:
+        """Write every difference. With `bisect`, a refusal sets aside the service port to blame, and the rest is
+        written; without, it is raised.
+
+        Raises TransactionError when the kernel cannot be written at all; what was written stays counted.
+        """
+        run = _Run(bisect)
+        for batch in self._batches():
+            self._write(batch, run)
+        return Result(tuple(run.transactions), tuple(run.refused))
+
+    def preview(self) -> Transaction:
+        """The transaction that sync would send if one were enough."""
+        return self.backend.render(self._changes(self._by_owner().values()))
+
+    def _batches(self) -> list[dict[Owner, list[Hashable]]]:
+        """Dirty keys by owner, cut into transactions of whole owners.
+
+        The frame and default/kubernetes, through which pods reach the API server, come first; what nobody
+        wants comes last, since others may refer to it until they are rewritten.
+        """
+        by_owner = self._by_owner()
+        owners = sorted(by_owner, key=_urgency)
+        size = self.backend.batch or len(owners) or 1
+        return [{o: by_owner[o] for o in owners[i : i + size]} for i in range(0, len(owners), size)]
+
+    def _by_owner(self) -> dict[Owner, list[Hashable]]:
+        by_owner: dict[Owner, list[Hashable]] = {}
+        for key, owner in self._dirty.items():
+            if owner not in self.aside:
+                by_owner.setdefault(owner, []).append(key)
+        return by_owner
+
+    def _changes(self, groups: Iterable[Iterable[Hashable]]) -> list[Change]:
+        return [Change(key, self._applied.get(key), self._desired(key)) for keys in groups for key in keys]
+
+    def _write(self, groups: dict[Owner, list[Hashable]], run: _Run) -> None:
+        changes = self._changes(groups.values())
+        transaction = self.backend.render(changes)
+        try:
+            self.backend.apply(transaction)
+        except TransactionError as error:
+            if error.transient or not run.bisect:
+                raise
+            if len(groups) == 1:
+                self._set_aside(next(iter(groups)), error, run)
+                return
+            owners = list(groups)
+            middle = len(owners) // 2
+            self._write({o: groups[o] for o in owners[:middle]}, run)
+            self._write({o: groups[o] for o in owners[middle:]}, run)
+            return
+        run.transactions.append(transaction)
+        for change in changes:
+            self._advance(change, self._dirty[change.key])
+
+    def _set_aside(self, owner: Owner, error: TransactionError, run: _Run) -> None:
+        if owner is None:
+            raise error  # without the frame nothing works
+        self.aside[owner] = str(error)
+        run.refused.append((owner, str(error)))
+        if len(run.refused) >= _GIVE_UP and not run.transactions:
+            raise error
+
+    def _advance(self, change: Change, owner: Owner) -> None:
+        if change.after is None:
+            self._applied.pop(change.key, None)
+        else:
+            self._applied[change.key] = change.after
+        self._compare(change.key, owner)
+
+
+def _urgency(owner: Owner) -> int:
+    if owner is None:
+        return 0
+    if owner[:2] == ("default", "kubernetes"):
+        return 1
+    return 3 if owner == _STALE else 2
+
+
+class _Run:
+    """What one sync has done so far."""
+
+    def __init__(self, bisect: bool) -> None:
+        self.bisect = bisect
+        self.transactions: list[Transaction] = []
+        self.refused: list[tuple[ServicePortName, str]] = []

@@ -1,0 +1,69 @@
+"""What passes between the reconciler and a backend: changes, and the one transaction they become.
+
+A transaction is data: it prints as the text that would be sent, so `plan` and a dry run are the same code as
+`run`, and a test can ask what a change costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+Key = Hashable
+
+
+class KernelObject(Protocol):
+    """Something the kernel should hold: an immutable value with an identity and comparable content."""
+
+    @property
+    def key(self) -> Any: ...
+
+
+class Change(NamedTuple):
+    """One object's step: `before` is what the kernel holds (None: nothing), `after` what it should."""
+
+    key: Any
+    before: Any
+    after: Any
+
+
+class Transaction(NamedTuple):
+    """All of it happens, or none of it."""
+
+    text: str
+    operations: int  # lines or messages the kernel's tool has to work on
+
+
+class TransactionError(Exception):
+    """The kernel did not take a transaction; it still holds what it held before.
+
+    `transient`: nothing is wrong with its content (a lock was held, memory was short, the tool was missing),
+    so looking for a bad object in it would be wrong.
+    """
+
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
+
+
+class Backend(Protocol):
+    """One kind of kernel state in one family, as the reconciler sees it."""
+
+    # How many service ports to write in one transaction at most; 0: any number.
+    batch: int
+
+    def read(self) -> dict[Any, Any]:
+        """What the kernel holds that is ours, by key. Raises TransactionError."""
+        ...
+
+    def same(self, planned: Any, actual: Any) -> bool:
+        """Whether an object read is the object planned."""
+        ...
+
+    def render(self, changes: Sequence[Change]) -> Transaction:
+        """Pure: the transaction that makes these changes."""
+        ...
+
+    def apply(self, transaction: Transaction) -> None:
+        """Send it. Raises TransactionError."""
+        ...
