@@ -1,0 +1,43 @@
+"""Chooses planner and backends for a proxy mode, and prepares the kernel for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from .agent import Planner
+from .config import Settings
+from .kernel import sysctl
+from .kernel.iptables import Iptables, Variant, detect_variant
+from .model import Family
+from .transaction import Backend
+
+log = logging.getLogger(__name__)
+
+
+class Dataplane(NamedTuple):
+    """A mode made concrete for this node."""
+
+    planner: Planner
+    backends: Mapping[Family, Backend]
+    prepare: Callable[[], None]  # kernel settings, before the first write; needs root
+
+
+def iptables_variant(settings: Settings) -> Variant:
+    if settings.iptables_variant != "auto":
+        return settings.iptables_variant
+    variant = detect_variant(Family.V4)
+    log.info("using iptables-%s", variant)
+    return variant
+
+
+def choose(settings: Settings) -> Dataplane:
+    """The dataplane that the settings name. Raises ValueError for a mode this version does not have."""
+    from .planner import iptables
+
+    if settings.mode != "iptables":
+        raise ValueError(f"proxy mode {settings.mode} is not available in this version: use iptables")
+    variant = iptables_variant(settings)
+    backends = {family: Iptables(family, variant) for family in Family}
+    return Dataplane(iptables, backends, lambda: sysctl.prepare_iptables(settings))

@@ -1,0 +1,141 @@
+"""When to sync: at once after quiet, never more often than minSyncPeriod in a burst, again after a failure, and
+every syncPeriod to look for drift. It runs in the one thread that owns the kernel; sources only put into its queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from .agent import Agent, Synced
+from .model import Batch
+
+log = logging.getLogger(__name__)
+
+Command = Literal["stop", "reload"]
+_RETRY_FIRST = 0.1  # seconds; doubled at each further failure
+_RETRY_MOST = 30.0
+
+
+class Pacer:
+    """Says when the next sync may start: a bucket of two that refills once per `min_interval` seconds.
+
+    Two, as in kube-proxy: a new Service and its EndpointSlice arrive one after the other, and the second should
+    not wait.
+    """
+
+    BURST = 2.0
+
+    def __init__(self, min_interval: float, now: float) -> None:
+        self.min_interval = min_interval
+        self._tokens = self.BURST
+        self._at = now
+
+    def wait(self, now: float) -> float:
+        """Seconds until a sync may start."""
+        self._refill(now)
+        return 0.0 if self._tokens >= 1 else (1 - self._tokens) * self.min_interval
+
+    def started(self, now: float) -> None:
+        self._refill(now)
+        self._tokens = max(0.0, self._tokens - 1)
+
+    def _refill(self, now: float) -> None:
+        if self.min_interval <= 0:
+            self._tokens = self.BURST
+        else:
+            self._tokens = min(self.BURST, self._tokens + (now - self._at) / self.min_interval)
+        self._at = now
+
+
+class SyncLoop:
+    """Feeds an Agent from a queue until told to stop."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        *,
+        on_synced: Callable[[list[Synced], float], None] = lambda results, seconds: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.agent = agent
+        self.inbox: queue.SimpleQueue[Batch | Command] = queue.SimpleQueue()
+        self._on_synced = on_synced
+        self._clock = clock
+        now = clock()
+        self._pacer = Pacer(agent.settings.min_sync_period, now)
+        self._check_at = now + agent.settings.sync_period
+        self._retry_at: float | None = None
+        self._failures = 0
+        self._dirty = False
+
+    def deliver(self, batch: Batch) -> None:
+        """For sources, from any thread."""
+        self.inbox.put(batch)
+
+    def run(self) -> Command:
+        """Until a command arrives; returns it. Everything handed over before it has been folded in."""
+        while True:
+            command = self._receive()
+            if command:
+                return command
+            if self.agent.tracker.synced:
+                self.step()
+
+    def step(self) -> None:
+        """Do what is due now."""
+        now = self._clock()
+        if now >= self._check_at:
+            self._check(now)
+        if self._due(now) <= now:
+            self._sync(now)
+
+    def _receive(self) -> Command | None:
+        """Wait for something to do, and take in everything that is there."""
+        now = self._clock()
+        timeout = max(0.0, min(self._due(now), self._check_at) - now)
+        try:
+            item = self.inbox.get(timeout=timeout)
+            while True:
+                if isinstance(item, str):
+                    return item
+                self.agent.handle(item)
+                self._dirty = True
+                item = self.inbox.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _due(self, now: float) -> float:
+        """When the next sync should start; infinitely late if there is no reason for one."""
+        if not self.agent.tracker.synced:
+            return float("inf")
+        if self._retry_at is not None:
+            return self._retry_at
+        return now + self._pacer.wait(now) if self._dirty else float("inf")
+
+    def _sync(self, now: float) -> None:
+        self._pacer.started(now)
+        self._dirty = False
+        results = self.agent.sync()
+        took = self._clock() - now
+        failed = [r for r in results if r.result is None]
+        for r in failed:
+            log.error("sync failed, the kernel keeps what it has: %s", r.error, extra={"family": str(r.family)})
+        if failed:
+            self._failures += 1
+            delay = min(_RETRY_MOST, _RETRY_FIRST * 2 ** min(self._failures - 1, 10))
+            self._retry_at = self._clock() + delay
+        else:
+            self._failures = 0
+            self._retry_at = None
+        self._on_synced(results, took)
+
+    def _check(self, now: float) -> None:
+        self._check_at = now + self.agent.settings.sync_period
+        for family, count in self.agent.check().items():
+            if count > 0:
+                log.warning("found %d objects changed by somebody else, repairing", count, extra={"family": str(family)})
+        self._dirty = True
