@@ -110,18 +110,20 @@ class Reconciler:
 
         Raises TransactionError when it cannot be read; then nothing is changed.
         """
-        actual = self.backend.read()
+        self._read()
+        self.aside.clear()
+        return len(self._dirty)
+
+    def _read(self) -> None:
         applied: dict[Hashable, Any] = {}
-        for key, obj in actual.items():
+        for key, obj in self.backend.read().items():
             wanted = self._desired(key)
             # Kept in the planned spelling, so that from here on equality is plain equality.
             applied[key] = wanted if wanted is not None and self.backend.same(wanted, obj) else obj
         self._applied = applied
         self._dirty = {}
-        self.aside.clear()
         for key in {**self._claims, **applied}:
             self._compare(key, _STALE)
-        return len(self._dirty)
 
     @property
     def applied(self) -> Mapping[Hashable, Any]:
@@ -142,6 +144,9 @@ class Reconciler:
         run = _Run(bisect)
         for batch in self._batches():
             self._write(batch, run)
+        if run.refused:
+            # Reading back during the search may have found more that nobody wants.
+            self._write(self._by_owner(), run)
         return Result(tuple(run.transactions), tuple(run.refused))
 
     def preview(self) -> Transaction:
@@ -170,6 +175,8 @@ class Reconciler:
         return [Change(key, self._applied.get(key), self._desired(key)) for keys in groups for key in keys]
 
     def _write(self, groups: dict[Owner, list[Hashable]], run: _Run) -> None:
+        if not groups:
+            return
         changes = self._changes(groups.values())
         transaction = self.backend.render(changes)
         try:
@@ -177,17 +184,22 @@ class Reconciler:
         except TransactionError as error:
             if error.transient or not run.bisect:
                 raise
-            if len(groups) == 1:
-                self._set_aside(next(iter(groups)), error, run)
-                return
-            owners = list(groups)
-            middle = len(owners) // 2
-            self._write({o: groups[o] for o in owners[:middle]}, run)
-            self._write({o: groups[o] for o in owners[middle:]}, run)
+            self._bisect(list(groups), error, run)
             return
         run.transactions.append(transaction)
         for change in changes:
             self._advance(change, self._dirty[change.key])
+
+    def _bisect(self, owners: list[Owner], error: TransactionError, run: _Run) -> None:
+        # What spans tables is not atomic: the first may be in the kernel already, so look.
+        self._read()
+        if len(owners) == 1:
+            self._set_aside(owners[0], error, run)
+            return
+        middle = len(owners) // 2
+        for half in (owners[:middle], owners[middle:]):
+            by_owner = self._by_owner()
+            self._write({o: by_owner[o] for o in half if o in by_owner}, run)
 
     def _set_aside(self, owner: Owner, error: TransactionError, run: _Run) -> None:
         if owner is None:

@@ -146,8 +146,7 @@ def _ours(table: str, name: str, rules: list[str]) -> Iterator[IptablesObject]:
 
 
 def _target(rule: str) -> str:
-    _, _, target = rule.rpartition(" -j ")
-    return (target or rule.removeprefix("-j ")).split(" ", 1)[0]
+    return f" {rule}".rpartition(" -j ")[2].split(" ", 1)[0]
 
 
 def _claim(rule: str) -> str:
