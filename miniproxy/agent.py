@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from .config import Settings
+from .log import fields
 from .model import Batch, Family, Node, Problem, Ref, ServicePort, ServicePortName
 from .policy import Serving, categorize
 from .problems import News, Problems
@@ -28,9 +29,11 @@ class Planner(Protocol):
         self, settings: Settings, node: Node, family: Family, local_addresses: Sequence[str] = ()
     ) -> Iterable[Any]: ...
 
-    def plan(
-        self, port: ServicePort, serving: Serving, settings: Settings, node: Node
-    ) -> Iterable[Any]: ...
+    def plan(self, port: ServicePort, serving: Serving, settings: Settings, node: Node) -> Iterable[Any]: ...
+
+    def show(self, objects: Iterable[Any]) -> str:
+        """Objects as the kernel's own tool would list them."""
+        ...
 
 
 class Synced(NamedTuple):
@@ -97,7 +100,7 @@ class Agent:
                 drift[family] = reconciler.adopt() - before
             except TransactionError as error:
                 self._suspect.add(family)
-                log.warning("cannot read the kernel: %s", error, extra={"family": str(family)})
+                log.warning("cannot read the kernel: %s", error, extra=fields(family=family))
         return drift
 
     def _plan(self, key: PortKey) -> None:

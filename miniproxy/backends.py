@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from .agent import Planner
 from .config import Settings
+from .kernel import iptables as kernel_iptables
 from .kernel import sysctl
 from .kernel.iptables import Iptables, Variant, detect_variant
 from .model import Family
-from .transaction import Backend
+from .transaction import Backend, TransactionError
 
 log = logging.getLogger(__name__)
 
@@ -41,3 +42,18 @@ def choose(settings: Settings) -> Dataplane:
     variant = iptables_variant(settings)
     backends = {family: Iptables(family, variant) for family in Family}
     return Dataplane(iptables, backends, lambda: sysctl.prepare_iptables(settings))
+
+
+def cleanup() -> tuple[dict[str, int], list[str]]:
+    """Remove what is ours from every mode's kernel state: objects removed by place, and what failed."""
+    counts: dict[str, int] = {}
+    errors: list[str] = []
+    variants: tuple[Variant, ...] = ("nft", "legacy")
+    for family in Family:
+        for variant in variants:
+            try:
+                counts[f"iptables-{variant} {family}"] = kernel_iptables.cleanup(family, variant)
+            except TransactionError as error:
+                if not error.transient:
+                    errors.append(str(error))
+    return counts, errors

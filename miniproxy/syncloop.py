@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from .agent import Agent, Synced
+from .log import fields
 from .model import Batch
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class SyncLoop:
         took = self._clock() - now
         failed = [r for r in results if r.result is None]
         for r in failed:
-            log.error("sync failed, the kernel keeps what it has: %s", r.error, extra={"family": str(r.family)})
+            log.error("sync failed, the kernel keeps what it has: %s", r.error, extra=fields(family=r.family))
         if failed:
             self._failures += 1
             delay = min(_RETRY_MOST, _RETRY_FIRST * 2 ** min(self._failures - 1, 10))
@@ -137,5 +138,9 @@ class SyncLoop:
         self._check_at = now + self.agent.settings.sync_period
         for family, count in self.agent.check().items():
             if count > 0:
-                log.warning("found %d objects changed by somebody else, repairing", count, extra={"family": str(family)})
+                log.warning(
+                    "found %d objects changed by somebody else, repairing",
+                    count,
+                    extra=fields(family=family),
+                )
         self._dirty = True

@@ -93,14 +93,10 @@ class Tracker:
             found = slices[slice_name]
             if found.family is not family:
                 continue
-            numbers = [
-                p.port for p in found.ports if p.name == name.port and p.protocol == name.protocol
-            ]
+            numbers = [p.port for p in found.ports if p.name == name.port and p.protocol == name.protocol]
             for e in found.endpoints:
                 for number in numbers:
-                    yield Endpoint(
-                        e.ip, number, e.ready, e.serving, e.terminating, e.node, e.zone_hints, e.node_hints
-                    )
+                    yield Endpoint(e.ip, number, e.ready, e.serving, e.terminating, e.node, e.zone_hints, e.node_hints)
 
     def _usefulness(self, endpoint: Endpoint) -> tuple[bool, bool, bool, bool]:
         return (

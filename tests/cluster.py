@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from miniproxy.model import EndpointSlice, Family, Service, ServicePort, ServicePortName, SliceEndpoint, SlicePort
+from miniproxy.model import (
+    EndpointSlice,
+    Family,
+    Service,
+    ServicePort,
+    ServicePortName,
+    SliceEndpoint,
+    SlicePort,
+)
 
 
 def service(number: int, **fields: object) -> Service:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tests.fake_iptables import FakeIptables
 
 from miniproxy.model import ServicePortName
 from miniproxy.planner.iptables import Chain, DispatchChain, DispatchRule
 from miniproxy.reconciler import Reconciler
 from miniproxy.transaction import TransactionError
+from tests.fake_iptables import FakeIptables
 
 
 def name(number: int) -> ServicePortName:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import strategies as st
 
 from miniproxy.model import (
@@ -31,7 +33,7 @@ def address(family: Family, net: int, host: int) -> str:
 def services(draw: st.DrawFn, name: str) -> Service:
     """A Service with 0-3 ports in one or both families, every feature on or off."""
     number = NAMES.index(name) + 1
-    policies = {
+    policies: dict[str, Any] = {
         "internal_local": draw(st.booleans()),
         "external_local": draw(st.booleans()),
         "affinity_seconds": draw(st.sampled_from((0, 0, 10, 10800))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 from ..model import Family
@@ -81,7 +82,27 @@ def _error(program: str, code: int, err: str, text: str) -> TransactionError:
 def _failed_line(err: str) -> int:
     """The line of the input that iptables-restore blames, from 1; 0 when it does not say."""
     words = err.replace(":", " ").split()
-    return next((int(b) for a, b in zip(words, words[1:], strict=False) if a == "line" and b.isdigit()), 0)
+    return next((int(b) for a, b in pairwise(words) if a == "line" and b.isdigit()), 0)
+
+
+def cleanup(family: Family, variant: Variant, runner: Runner = run) -> int:
+    """Remove exactly what is ours from this family and variant. Returns how many objects that was.
+
+    What others use stays: KUBE-FIREWALL where the kubelet has it too, and chains that somebody else's rules
+    jump to (CNI plugins borrow KUBE-MARK-MASQ). Raises TransactionError.
+    """
+    kernel = Iptables(family, variant, runner)
+    saved = rules.parse_save(kernel.save())
+    keep = set(saved.borrowed)
+    if any(hint in saved.chains for hint in _HINTS):
+        keep.add(("filter", "KUBE-FIREWALL"))
+    changes = [c for obj in saved.objects.values() for c in rules.removal(obj, keep)]
+    transaction = rules.render(changes)
+    canaries = [table for table, chain in sorted(saved.chains) if chain == "KUBE-PROXY-CANARY"]
+    markers = "".join(f"*{table}\n-X KUBE-PROXY-CANARY\nCOMMIT\n" for table in canaries)
+    if changes or canaries:
+        kernel.apply(Transaction(transaction.text + markers, transaction.operations))
+    return len(changes) + len(canaries)
 
 
 def detect_variant(family: Family, runner: Runner = run) -> Variant:

@@ -13,7 +13,7 @@ Rules are written exactly as iptables-save prints them, so reading back is mostl
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ..config import Settings
@@ -26,6 +26,15 @@ NODE_PORTS = "KUBE-NODEPORTS"
 SERVICES = "KUBE-SERVICES"
 EXTERNAL_SERVICES = "KUBE-EXTERNAL-SERVICES"
 PROXY_FIREWALL = "KUBE-PROXY-FIREWALL"
+
+TABLES = ("filter", "nat")
+BUILT_IN = frozenset({"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"})
+# The chains there are whatever services there are, by table: with fixed rules, and with a rule per service.
+FIXED = {"nat": {MARK_MASQ, "KUBE-POSTROUTING"}, "filter": {"KUBE-FORWARD", "KUBE-FIREWALL"}}
+DISPATCH = {
+    "nat": {SERVICES, NODE_PORTS},
+    "filter": {SERVICES, NODE_PORTS, EXTERNAL_SERVICES, PROXY_FIREWALL},
+}
 
 
 class Chain(NamedTuple):
@@ -173,7 +182,15 @@ class _ServicePlan:
         return DispatchRule("filter", NODE_PORTS, f"* tcp {number}", rule)
 
     def rule(
-        self, table: str, chain: str, ip: str, number: int, comment: str, target: str, *, node_only: bool = False
+        self,
+        table: str,
+        chain: str,
+        ip: str,
+        number: int,
+        comment: str,
+        target: str,
+        *,
+        node_only: bool = False,
     ) -> DispatchRule:
         destination = f"-d {_host(ip)} " if ip else ""
         addrtype = "-m addrtype --dst-type LOCAL " if node_only else ""
@@ -229,9 +246,7 @@ class _ServicePlan:
             sources += [_host(ip) for ip in port.load_balancer_ips]
         for source in sources:
             yield f'-s {source} -m comment --comment "{self.text} loadbalancer IP" -j {self.external_chain}'
-        yield (
-            f'-m comment --comment "other traffic to {self.text} will be dropped by {PROXY_FIREWALL}"'
-        )
+        yield (f'-m comment --comment "other traffic to {self.text} will be dropped by {PROXY_FIREWALL}"')
 
     def balance(self, endpoints: Sequence[Endpoint]) -> Iterator[str]:
         chains = [(endpoint_chain(self.port.name, e), f"{self.text} -> {e}") for e in endpoints]
@@ -307,6 +322,33 @@ def frame(
     )
 
 
+def show(objects: Iterable[IptablesObject]) -> str:
+    """Objects as iptables-save prints them: all chains of a table, then their rules."""
+    chains: dict[tuple[str, str], list[str]] = {}
+    tails: dict[tuple[str, str], tuple[str, ...]] = {}
+    for obj in objects:
+        match obj:
+            case Chain(table, name, fixed) | Hooks(table, name, fixed):
+                chains.setdefault((table, name), []).extend(fixed)
+            case DispatchChain(table, name, tail):
+                chains.setdefault((table, name), [])
+                tails[table, name] = tail
+            case DispatchRule(table, name, _, rule):
+                chains.setdefault((table, name), []).append(rule)
+    lines = []
+    for table in TABLES:
+        mine = {name: rules for (t, name), rules in sorted(chains.items()) if t == table}
+        if mine:
+            lines.append(f"*{table}")
+            lines += [f":{name} {'ACCEPT' if name in BUILT_IN else '-'} [0:0]" for name in mine]
+            for name, rules in mine.items():
+                if name in DISPATCH[table]:
+                    rules.sort()
+                lines += [f"-A {name} {rule}" for rule in (*rules, *tails.get((table, name), ()))]
+            lines.append("COMMIT")
+    return "".join(f"{line}\n" for line in lines)
+
+
 def _hook(chain: str, comment: str, *, new: bool = True) -> str:
     state = "-m conntrack --ctstate NEW " if new else ""
     return f'{state}-m comment --comment "{comment}" -j {chain}'
@@ -344,12 +386,8 @@ _HOOKS = (
 )
 
 
-def _node_port_tail(
-    settings: Settings, node: Node, family: Family, local_addresses: Sequence[str]
-) -> Iterator[str]:
-    comment = (
-        '-m comment --comment "kubernetes service nodeports; NOTE: this must be the last rule in this chain"'
-    )
+def _node_port_tail(settings: Settings, node: Node, family: Family, local_addresses: Sequence[str]) -> Iterator[str]:
+    comment = '-m comment --comment "kubernetes service nodeports; NOTE: this must be the last rule in this chain"'
     v6 = family is Family.V6
     accepted = [c for c in settings.node_port_addresses if c == "primary" or Family.of(c) is family]
     if not accepted or any(c.endswith("/0") for c in accepted):

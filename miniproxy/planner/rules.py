@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from ..transaction import Change, Transaction
 from .iptables import (
-    MARK_MASQ,
-    NODE_PORTS,
-    PROXY_FIREWALL,
-    SERVICES,
+    BUILT_IN,
+    DISPATCH,
+    FIXED,
+    TABLES,
     Chain,
     DispatchChain,
     DispatchRule,
@@ -27,17 +27,7 @@ from .iptables import (
     IptablesObject,
 )
 
-TABLES = ("filter", "nat")
-_FIXED = {
-    "nat": {MARK_MASQ, "KUBE-POSTROUTING"},
-    "filter": {"KUBE-FORWARD", "KUBE-FIREWALL"},
-}
-_DISPATCH = {
-    "nat": {SERVICES, NODE_PORTS},
-    "filter": {SERVICES, NODE_PORTS, "KUBE-EXTERNAL-SERVICES", PROXY_FIREWALL},
-}
 _PER_SERVICE = re.compile(r"KUBE-(SVC|SVL|EXT|FW|SEP|XLB)-[A-Z2-7]{16}$")
-_BUILT_IN = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}
 
 
 # -- writing
@@ -75,6 +65,16 @@ def _table(table: str, changes: Sequence[Change]) -> Iterator[str]:
     yield "COMMIT"
 
 
+def removal(obj: IptablesObject, keep: set[tuple[str, str]]) -> Iterator[Change]:
+    """The change that takes an object away, but for the chains (table, name) to keep and the jumps to them."""
+    if isinstance(obj, Hooks):
+        before = Hooks(obj.table, obj.chain, tuple(r for r in obj.rules if (obj.table, _target(r)) not in keep))
+        if before.rules:
+            yield Change(obj.key, before, None)
+    elif isinstance(obj, DispatchRule) or (obj.table, obj.name) not in keep:
+        yield Change(obj.key, obj, None)
+
+
 def _empties(change: Change) -> bool:
     """A dispatch chain is emptied only when it comes or goes: its other services' rules must stay."""
     kind = change.key[0]
@@ -104,10 +104,11 @@ def _additions(change: Change) -> Iterator[str]:
 
 
 class Saved(NamedTuple):
-    """What an iptables-save text holds: our objects by key, and the names of all chains there are."""
+    """What an iptables-save text holds."""
 
-    objects: dict[tuple[str, ...], IptablesObject]
-    chains: set[tuple[str, str]]  # (table, name)
+    objects: dict[tuple[str, ...], IptablesObject]  # ours, by key
+    chains: set[tuple[str, str]]  # (table, name) of all there are
+    borrowed: set[tuple[str, str]]  # (table, name) of our chains that rules of others jump to
 
 
 def parse_save(text: str) -> Saved:
@@ -122,12 +123,18 @@ def parse_save(text: str) -> Saved:
         elif line.startswith("-A "):
             name, _, rule = line[3:].partition(" ")
             chains.setdefault((table, name), []).append(rule)
-    objects = [obj for (table, name), rules in chains.items() for obj in _ours(table, name, rules)]
-    return Saved({obj.key: obj for obj in objects}, set(chains))
+    objects: dict[tuple[str, ...], IptablesObject] = {}
+    borrowed = set()
+    for (table, name), rules in chains.items():
+        found = list(_ours(table, name, rules))
+        objects.update((obj.key, obj) for obj in found)
+        if not found:
+            borrowed |= {(table, _target(r)) for r in rules if _is_ours(table, _target(r))}
+    return Saved(objects, set(chains), borrowed)
 
 
 def _ours(table: str, name: str, rules: list[str]) -> Iterator[IptablesObject]:
-    if name in _DISPATCH.get(table, ()):
+    if name in DISPATCH.get(table, ()):
         claims = [(_claim(rule), rule) for rule in rules]
         yield DispatchChain(table, name, tuple(rule for claim, rule in claims if not claim))
         seen: dict[str, int] = defaultdict(int)
@@ -137,12 +144,17 @@ def _ours(table: str, name: str, rules: list[str]) -> Iterator[IptablesObject]:
                 # A second rule for the same traffic is never planned, so it counts as stale under a key of its own.
                 unique = claim if seen[claim] == 1 else f"{claim} #{seen[claim]}"
                 yield DispatchRule(table, name, unique, rule)
-    elif name in _FIXED.get(table, ()) or (table == "nat" and _PER_SERVICE.match(name)):
+    elif _is_ours(table, name):
         yield Chain(table, name, tuple(rules))
-    elif name in _BUILT_IN and table in TABLES:
-        jumps = tuple(r for r in rules if _target(r) in _FIXED[table] | _DISPATCH[table])
+    elif name in BUILT_IN and table in TABLES:
+        jumps = tuple(r for r in rules if _target(r) in FIXED[table] | DISPATCH[table])
         if jumps:
             yield Hooks(table, name, jumps)
+
+
+def _is_ours(table: str, name: str) -> bool:
+    named = FIXED.get(table, set()) | DISPATCH.get(table, set())
+    return name in named or (table == "nat" and bool(_PER_SERVICE.match(name)))
 
 
 def _target(rule: str) -> str:

@@ -1,0 +1,107 @@
+"""miniproxy plan: what would be programmed, or what differs from what is."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import threading
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..config import Loaded
+from .errors import Failure
+from .options import SettingsCommand, settings_options
+
+if TYPE_CHECKING:
+    from ..agent import Agent
+    from ..model import Batch, Family, Problem
+
+
+@click.command(cls=SettingsCommand)
+@click.option("--family", type=click.Choice(["4", "6", "both"]), default="both", show_default=True)
+@click.option("--diff", is_flag=True, help="Compare with the live kernel (needs root); exit code 1 if they differ.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: text and object count per family, problems.")
+@settings_options
+def command(loaded: Loaded, family: str, diff: bool, as_json: bool) -> None:
+    """Print what `run` would program, as the kernel's own tool would list it. Needs no root, changes nothing.
+
+    \b
+    Examples:
+      miniproxy plan --source manifests/ --hostname-override node1
+      sudo miniproxy plan --source manifests/ --diff        what `run` would change
+    """
+    from ..model import Family
+
+    families = [f for f in Family if family in (str(f.value), "both")]
+    agent, problems = planned(loaded, families)
+    desired = {f: agent.reconcilers[f].desired().values() for f in families}
+    texts = {f: agent.planner.show(objects) for f, objects in desired.items()}
+    if diff:
+        texts = {f: _difference(agent, f, text) for f, text in texts.items()}
+    if as_json:
+        result: dict[str, Any] = {str(f): {"objects": len(desired[f]), "text": texts[f]} for f in families}
+        click.echo(json.dumps({**result, "problems": [str(p) for p in problems]}, indent=2))
+    else:
+        for problem in problems:
+            click.echo(f"refused: {problem}", err=True)
+        for f in families:
+            click.echo(texts[f], nl=False)
+    if diff and any(texts.values()):
+        raise SystemExit(1)
+
+
+def planned(loaded: Loaded, families: list[Family]) -> tuple[Agent, list[Problem]]:
+    """An agent that knows what the source holds and has planned it, and has written nothing."""
+    from ..agent import Agent
+    from ..backends import choose
+    from ..kernel.links import local_addresses
+    from ..problems import News
+    from ..sources.manifests import ManifestSource
+
+    settings = loaded.settings
+    if not settings.source:
+        raise Failure("say where the objects come from: --source FOLDER", code=2)
+    try:
+        dataplane = choose(settings)
+    except ValueError as error:
+        raise Failure(str(error)) from None
+    problems: list[Problem] = []
+
+    def collect(news: News) -> None:
+        problems.extend(news.appeared)
+
+    agent = Agent(
+        settings,
+        dataplane.planner,
+        {f: dataplane.backends[f] for f in families},
+        local_addresses=local_addresses,
+        announce=collect,
+    )
+    stop = threading.Event()
+
+    def once(batch: Batch) -> None:
+        agent.handle(batch)
+        if batch.synced:
+            stop.set()
+
+    ManifestSource(settings.source).run(once, stop)
+    agent.replan()
+    return agent, problems
+
+
+def _difference(agent: Agent, family: Family, planned_text: str) -> str:
+    """A unified diff from the kernel to the plan; "" when they are the same but for spelling."""
+    from ..transaction import TransactionError
+
+    reconciler = agent.reconcilers[family]
+    try:
+        if not reconciler.adopt():
+            return ""
+    except TransactionError as error:
+        raise Failure(f"cannot read the kernel: {error}", "it takes root: try again with sudo") from None
+    live = agent.planner.show(reconciler.applied.values())
+    lines = difflib.unified_diff(
+        live.splitlines(True), planned_text.splitlines(True), f"kernel {family}", f"plan {family}", n=0
+    )
+    return "".join(lines)
