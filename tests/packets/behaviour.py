@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 from miniproxy.model import Protocol
 from tests.golden_rules import golden
 
-from .topology import HERE, Namespace, Network
+from .topology import Namespace, Network
 
 # The golden rows were recorded with a time-out of 0.4 s. Over IPv6, Linux 6.18 tells a connecting TCP socket
 # of a refusal only when the SYN is sent again after 1 s: the file says "silent" where the rule is a REJECT.
@@ -89,6 +89,13 @@ def items(name: str) -> Sequence[dict[str, Any]]:
     return found
 
 
+@cache
+def node() -> dict[str, Any]:
+    """The golden Node object."""
+    found: dict[str, Any] = json.loads(golden("node.json"))
+    return found
+
+
 def endpoint_addresses() -> dict[str, set[str]]:
     """The addresses of each service's endpoints, by NAMESPACE/NAME."""
     found = defaultdict(set)
@@ -98,6 +105,10 @@ def endpoint_addresses() -> dict[str, set[str]]:
         for endpoint in item.get("endpoints") or []:
             found[service].update(endpoint["addresses"])
     return found
+
+
+def all_endpoints() -> set[str]:
+    return set().union(*endpoint_addresses().values())
 
 
 def endpoint_ports() -> set[tuple[str, int]]:
@@ -140,7 +151,7 @@ def _probe_from(place: Namespace, wanted: Iterable[Row]) -> dict[Row, str]:
         ]
         for group in groups.values()
     ]
-    answer = json.loads(place.run(sys.executable, str(HERE / "probe.py"), stdin=json.dumps(targets)))
+    answer = json.loads(place.run(sys.executable, "-m", "tests.packets.probe", stdin=json.dumps(targets)))
     return {
         row: met
         for group, mets in zip(groups.values(), answer, strict=True)

@@ -37,27 +37,34 @@ class Met(NamedTuple):
     source: str
 
 
-async def connect(target: Target) -> Met | str:
-    """One connection, or one datagram and its answer."""
+def client_socket(target: Target) -> socket.socket:
     family = socket.AF_INET6 if ":" in target.address else socket.AF_INET
-    kind = socket.SOCK_STREAM if target.protocol == "TCP" else socket.SOCK_DGRAM
+    client = socket.socket(family, socket.SOCK_STREAM if target.protocol == "TCP" else socket.SOCK_DGRAM)
+    client.setblocking(False)
+    if target.source:
+        client.bind((target.source, 0))
+    return client
+
+
+async def converse(client: socket.socket, target: Target) -> Met:
+    """One connection, or one datagram, and its answer. Raises OSError."""
     loop = asyncio.get_running_loop()
-    with socket.socket(family, kind) as client:
-        client.setblocking(False)
-        if target.source:
-            client.bind((target.source, 0))
+    await loop.sock_connect(client, (target.address, target.port))
+    if target.protocol == "UDP":
+        await loop.sock_sendall(client, b"?")
+    address, port, source = (await loop.sock_recv(client, 200)).decode().split()
+    return Met(f"{address}:{port}", source)
+
+
+async def connect(target: Target) -> Met | str:
+    with client_socket(target) as client:
         try:
             async with asyncio.timeout(TIMEOUT):
-                await loop.sock_connect(client, (target.address, target.port))
-                if target.protocol == "UDP":
-                    await loop.sock_sendall(client, b"?")
-                answer = await loop.sock_recv(client, 200)
+                return await converse(client, target)
         except (ConnectionRefusedError, ConnectionResetError):
             return REFUSED
-        except (TimeoutError, OSError):
+        except OSError:  # TimeoutError is one
             return SILENT
-    address, port, source = answer.decode().split()
-    return Met(f"{address}:{port}", source)
 
 
 async def probe(target: Target) -> str:

@@ -24,7 +24,6 @@ from typing import IO, Self
 import msgspec
 
 ROOT = Path(__file__).parents[2]
-HERE = Path(__file__).parent
 
 # (address of the node on the link, addresses of the other side), per family
 PODS_GATEWAY = ("10.128.9.1", "fd00:128:9::1")
@@ -69,7 +68,7 @@ class Namespace:
             text=True,
         )
         try:
-            _await_ready(holder, "a network namespace (root is needed)")
+            await_ready(holder, "a network namespace (root is needed)")
             yield cls(holder)
         finally:
             holder.kill()
@@ -99,7 +98,18 @@ class Namespace:
             yield process
         finally:
             process.kill()
-            process.communicate()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe:
+                    pipe.close()
+
+    @contextmanager
+    def module(self, name: str, *argv: str) -> Iterator[subprocess.Popen[str]]:
+        """A module of this package run as a program, once it says that it is ready."""
+        with self.process(
+            sys.executable, "-m", f"{__package__}.{name}", *argv, log=subprocess.PIPE
+        ) as process:
+            yield process
 
 
 class Network(msgspec.Struct, frozen=True):
@@ -174,21 +184,21 @@ def network(endpoints: Iterable[str]) -> Iterator[Network]:
 def echo_server(where: Namespace, ports: Iterable[tuple[str, int]]) -> Iterator[None]:
     """Servers for each (protocol, port) on all addresses of `where`; see echo.py for what they answer."""
     arguments = [f"{protocol}:{port}" for protocol, port in sorted(set(ports))]
-    with where.process(sys.executable, str(HERE / "echo.py"), *arguments, log=subprocess.PIPE) as server:
-        _await_ready(server, "the echo server")
+    with where.module("echo", *arguments) as server:
+        await_ready(server, "the echo server")
         yield
 
 
-def _await_ready(process: subprocess.Popen[str], what: str) -> None:
+def await_ready(process: subprocess.Popen[str], what: str) -> None:
     """Reads the line "ready", which a helper process prints when it is."""
     assert process.stdout
     line = process.stdout.readline()
     assert line == "ready\n", f"{what} does not start: {line}"
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
-    """Looks every 50 ms; a condition that does not come true in `seconds` fails the test."""
+def settle(condition: Callable[[], bool], seconds: float) -> bool:
+    """Looks every 50 ms whether a condition has come true, for so long; returns whether it has."""
     end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not so within {seconds:.0f} s: {what}"
+    while not (true := condition()) and time.monotonic() < end:
         time.sleep(0.05)
+    return true
