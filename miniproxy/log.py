@@ -1,8 +1,9 @@
 """Structured logs on the standard logging module: short text lines for people, JSON lines for machines.
 
-A message is a constant sentence; what varies goes beside it: `log.info("synced", extra=fields(services=3))`.
-Both formats put one record on one line whatever names an API object brings, and writing a log never fails: an
-agent whose standard error is gone keeps the node's services working.
+A message is a constant sentence; what varies goes beside it: `log.info("synced", extra={"services": 3})`, or
+`extra=fields(name="web")` for names that logging keeps for itself. Both formats put one record on one line
+whatever names an API object brings, and writing a log never fails: an agent whose standard error is gone keeps
+the node's services working.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from typing import Any, Literal
 
 _ROOT = "miniproxy"
+_OWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}  # attributes that are no fields
 _LETTERS = {"DEBUG": "D", "INFO": "I", "WARNING": "W", "ERROR": "E", "CRITICAL": "E"}
 
 
@@ -61,9 +63,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        head = (
-            f"{clock}.{int(record.msecs):03d} {_LETTERS.get(record.levelname, '?')} {_short(record.name)}: "
-        )
+        head = f"{clock}.{int(record.msecs):03d} {_LETTERS.get(record.levelname, '?')} {_short(record.name)}: "
         parts = [_line(record.getMessage())]
         parts += [f"{key}={_value(value)}" for key, value in _fields(record).items()]
         text = head + " ".join(parts)
@@ -89,7 +89,9 @@ class JsonFormatter(logging.Formatter):
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    values: dict[str, Any] = getattr(record, "fields", {})
+    """What the caller handed over as `extra`, either way."""
+    values: dict[str, Any] = {key: value for key, value in vars(record).items() if key not in _OWN}
+    values.update(values.pop("fields", {}))
     return values
 
 
