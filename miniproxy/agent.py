@@ -115,7 +115,8 @@ class Agent:
             return
         serving = categorize(port, self.tracker.endpoints(key), self.tracker.node)
         reconciler.set(name, self.planner.plan(port, serving, self.settings, self.tracker.node))
-        conflicts = reconciler.conflicts(name)
+        # The ports of one Service share its health check port; that is no conflict.
+        conflicts = [(k, w) for k, w in reconciler.conflicts(name) if w is None or w[:2] != name[:2]]
         self._state(family, name, [f"{_traffic(k)} belongs to {winner}" for k, winner in conflicts])
 
     def _sync(self, family: Family, reconciler: Reconciler) -> Synced:

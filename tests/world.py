@@ -26,7 +26,7 @@ FAMILIES = (Family.V4, Family.V6)
 
 
 def address(family: Family, net: int, host: int) -> str:
-    return f"10.{net}.0.{host}" if family is Family.V4 else f"fd00:{net}::{host:x}"
+    return f"10.{net}.0.{host}" if family is Family.V4 else f"fd00:{net}::{host:x}".removesuffix("0")
 
 
 @st.composite

@@ -11,7 +11,7 @@ import click
 from .. import log as logs
 from ..config import ConfigError, Loaded, load
 from ..log import fields
-from .errors import Failure
+from .errors import Failure, Misuse
 from .options import SettingsCommand, settings_options
 
 log = logs.get("run")
@@ -49,7 +49,7 @@ def _serve(loaded: Loaded) -> str:
 
     settings = loaded.settings
     if not settings.source:
-        raise Failure("say where the objects come from: --source FOLDER", code=2)
+        raise Misuse("say where the objects come from: --source FOLDER")
     try:
         dataplane = choose(settings)
     except ValueError as error:
