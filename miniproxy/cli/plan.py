@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..config import Loaded
-from .errors import Failure, Misuse
+from .errors import Failure
 from .options import SettingsCommand, settings_options
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def planned(loaded: Loaded, families: list[Family]) -> tuple[Agent, list[Problem
 
     settings = loaded.settings
     if not settings.source:
-        raise Misuse("say where the objects come from: --source FOLDER")
+        raise Failure("say where the objects come from: --source FOLDER", code=2)
     try:
         dataplane = choose(settings)
     except ValueError as error:

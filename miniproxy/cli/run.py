@@ -11,8 +11,8 @@ import click
 from .. import log as logs
 from ..config import ConfigError, Loaded, load
 from ..log import fields
-from .errors import Failure, Misuse
-from .options import SettingsCommand, settings_options
+from .errors import Failure
+from .options import SettingsCommand, announce, settings_options
 
 log = logs.get("run")
 
@@ -33,6 +33,7 @@ def command(ctx: click.Context, loaded: Loaded) -> None:
       miniproxy run --source /etc/miniproxy/manifests --hostname-override node1
       miniproxy run --config /var/lib/kube-proxy/config.conf --source ./manifests
     """
+    announce(loaded)
     while _serve(loaded) == "reload":
         loaded = _reload(ctx, loaded)
     log.info("stopped; the rules stay and keep serving")
@@ -49,7 +50,7 @@ def _serve(loaded: Loaded) -> str:
 
     settings = loaded.settings
     if not settings.source:
-        raise Misuse("say where the objects come from: --source FOLDER")
+        raise Failure("say where the objects come from: --source FOLDER", code=2)
     try:
         dataplane = choose(settings)
     except ValueError as error:
@@ -99,7 +100,5 @@ def _reload(ctx: click.Context, loaded: Loaded) -> Loaded:
         for problem in error.problems:
             log.error("configuration not reloaded, the old one stays: %s", problem)
         return loaded
-    logs.setup(fresh.settings.log_format, fresh.settings.verbosity)
-    for warning in fresh.warnings:
-        log.warning("%s", warning)
+    announce(fresh)
     return fresh
