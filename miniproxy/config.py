@@ -18,6 +18,7 @@ from .config_schema import (
     ALL_MODES,
     FIELDS,
     FLAGS,
+    GATES,
     MODE_DEFAULTS,
     SCHEDULERS,
     STOCK,
@@ -205,7 +206,7 @@ class _Resolution:
         if field.refused and value:
             self.problems.append(f"{where}: {field.path}: {field.refused}")
         elif field.ignored and not _is_zero(value) and value not in STOCK.get(field.path, ()):
-            listed = f" ({', '.join(sorted(value))})" if isinstance(value, dict) else ""
+            listed = f" ({', '.join(sorted(value))})" if field.kind is GATES and isinstance(value, dict) else ""
             self.warnings.append(f"{where}: {field.path}{listed}: has no effect: {field.ignored}")
         elif field.setting and mode in field.modes:
             self._set(field.setting, value, field.zero_is_none, Origin("file", where, field.path))

@@ -85,7 +85,7 @@ class JsonFormatter(logging.Formatter):
             entry["fields"] = values
         if record.exc_info:
             entry["error"] = self.formatException(record.exc_info)
-        return json.dumps(entry, default=str, ensure_ascii=False)
+        return json.dumps(entry, default=str)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
