@@ -1,0 +1,141 @@
+"""When the loop syncs: a clock that only moves when told, so nothing here depends on how fast the machine is."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import msgspec
+import pytest
+
+from miniproxy.agent import Agent
+from miniproxy.config import Settings
+from miniproxy.model import Batch, Family
+from miniproxy.planner import iptables
+from miniproxy.syncloop import Pacer, SyncLoop
+from miniproxy.transaction import TransactionError
+from tests import cluster
+from tests.fake_iptables import FakeIptables
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Bench:
+    """A loop on a fake kernel, driven by hand: deliver, pass time, look at what was sent."""
+
+    def __init__(self, **fields: float) -> None:
+        self.clock = Clock()
+        self.kernel = FakeIptables()
+        settings = msgspec.structs.replace(Settings(node_name="n1"), **fields)
+        self.agent = Agent(settings, iptables, {Family.V4: self.kernel})
+        self.loop = SyncLoop(self.agent, clock=self.clock)
+
+    def deliver(self, number: int, synced: bool = True) -> None:
+        self.loop.deliver(Batch((cluster.service(number),), synced=synced))
+        self.turn()
+
+    def turn(self) -> None:
+        """What the loop does when its wait is over."""
+        self.loop.inbox.put("reload")
+        assert self.loop.run() == "reload"
+        self.loop.step()
+
+    def wait(self, seconds: float) -> int:
+        """Let time pass; how many transactions that brought."""
+        before = len(self.kernel.sent)
+        self.clock.now += seconds
+        self.turn()
+        return len(self.kernel.sent) - before
+
+
+@pytest.fixture
+def bench() -> Bench:
+    bench = Bench(min_sync_period=1.0, sync_period=30.0)
+    bench.deliver(0)
+    bench.clock.now += 10
+    bench.kernel.sent.clear()
+    return bench
+
+
+def test_nothing_is_written_before_the_source_has_said_everything() -> None:
+    bench = Bench()
+    bench.deliver(1, synced=False)
+    assert bench.wait(100) == 0
+    bench.deliver(2, synced=True)
+    assert len(bench.kernel.sent) == 1
+
+
+def test_first_changes_after_quiet_go_out_at_once(bench: Bench) -> None:
+    bench.deliver(1)
+    bench.deliver(2)
+    assert len(bench.kernel.sent) == 2
+
+
+def test_a_burst_is_coalesced(bench: Bench) -> None:
+    for number in range(1, 50):
+        bench.deliver(number)
+    assert len(bench.kernel.sent) == 2
+    assert bench.wait(0.5) == 0
+    assert bench.wait(0.6) == 1
+    assert len(bench.kernel.tables["filter"]["KUBE-SERVICES"]) == 50
+
+
+def test_without_a_minimum_every_change_goes_out() -> None:
+    bench = Bench(min_sync_period=0.0)
+    for number in range(20):
+        bench.deliver(number)
+    assert len(bench.kernel.sent) == 20
+
+
+def test_quiet_means_quiet(bench: Bench) -> None:
+    assert [bench.wait(1) for _ in range(15)] == [0] * 15
+
+
+def test_drift_is_repaired_at_the_next_check(bench: Bench) -> None:
+    bench.kernel.tables["filter"]["KUBE-SERVICES"].clear()
+    assert bench.wait(5) == 0
+    assert bench.wait(30) == 1
+    assert len(bench.kernel.tables["filter"]["KUBE-SERVICES"]) == 1
+
+
+def test_a_failure_is_tried_again_ever_more_slowly_and_loses_nothing(bench: Bench) -> None:
+    attempts = []
+
+    def locked(line: str) -> None:
+        attempts.append(bench.clock.now)
+        raise TransactionError("another program holds the lock", transient=True)
+
+    bench.kernel.fault = locked
+    bench.deliver(1)
+    for _ in range(100):
+        bench.wait(0.1)
+    gaps = [b - a for a, b in pairwise(attempts)]
+    assert len(attempts) >= 5
+    assert all(later >= 1.5 * sooner for sooner, later in pairwise(gaps) if later < 15)
+    bench.kernel.fault = lambda line: None
+    bench.wait(30)
+    assert len(bench.kernel.tables["filter"]["KUBE-SERVICES"]) == 2
+
+
+def test_commands_come_out_after_what_was_handed_over_before() -> None:
+    bench = Bench()
+    bench.loop.deliver(Batch((cluster.service(1),), synced=True))
+    bench.loop.inbox.put("stop")
+    assert bench.loop.run() == "stop"
+    assert bench.agent.tracker.service_count() == 1
+
+
+def test_pacer_refills_slowly() -> None:
+    pacer = Pacer(2.0, now=0.0)
+    for _ in range(2):
+        assert pacer.wait(0.0) == 0.0
+        pacer.started(0.0)
+    assert pacer.wait(0.0) == pytest.approx(2.0)
+    assert pacer.wait(1.5) == pytest.approx(0.5)
+    assert pacer.wait(2.0) == 0.0
+    assert pacer.wait(1000.0) == 0.0
