@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any, NamedTuple, cast
 
 from miniproxy.model import Protocol
 from tests.golden_rules import golden
 
-from .topology import Namespace, Network
+from .topology import Namespace, Network, await_ready
 
 # The golden rows were recorded with a time-out of 0.4 s. Over IPv6, Linux 6.18 tells a connecting TCP socket
 # of a refusal only when the SYN is sent again after 1 s: the file says "silent" where the rule is a REJECT.
@@ -134,9 +135,7 @@ def probe(network: Network, wanted: Iterable[Row]) -> dict[Row, str]:
         by_side[row.side].append(row)
     places = {"pod": network.client, "node": network.node}
     with ThreadPoolExecutor(len(SIDES)) as pool:
-        jobs = [
-            pool.submit(_probe_from, places.get(side, network.outside), by_side[side]) for side in by_side
-        ]
+        jobs = [pool.submit(_probe_from, places.get(side, network.outside), by_side[side]) for side in by_side]
         return {row: met for job in jobs for row, met in job.result().items()}
 
 
@@ -145,10 +144,7 @@ def _probe_from(place: Namespace, wanted: Iterable[Row]) -> dict[Row, str]:
     for row in wanted:
         groups[row.service if row.service in affine_services() else row].append(row)
     targets = [
-        [
-            [row.source, row.protocol, row.address, row.port, len(Outcome.parse(row.outcome).endpoints)]
-            for row in group
-        ]
+        [[row.source, row.protocol, row.address, row.port, len(Outcome.parse(row.outcome).endpoints)] for row in group]
         for group in groups.values()
     ]
     answer = json.loads(place.run(sys.executable, "-m", "tests.packets.probe", stdin=json.dumps(targets)))
@@ -157,6 +153,27 @@ def _probe_from(place: Namespace, wanted: Iterable[Row]) -> dict[Row, str]:
         for group, mets in zip(groups.values(), answer, strict=True)
         for row, met in zip(group, mets, strict=True)
     }
+
+
+@contextmanager
+def steady_clients(net: Network) -> Iterator[list[str]]:
+    """Clients of the golden services, from a pod and from outside; at the end the list is what failed."""
+    failed: list[str] = []
+    with ExitStack() as stack:
+        clients = []
+        for side, place in (("pod", net.client), ("outside", net.outside)):
+            wanted = [row for row in rows() if row.side == side and row.outcome.startswith("to ")]
+            targets = [[row.source, row.protocol, row.address, row.port, 0] for row in wanted]
+            client = stack.enter_context(place.module("steady"))
+            assert client.stdin
+            client.stdin.write(json.dumps(targets) + "\n")
+            client.stdin.flush()
+            await_ready(client, "a steady client")
+            clients.append((side, client))
+        yield failed
+        for side, client in clients:
+            _, wrong = json.loads(client.communicate()[0])
+            failed += [f"{side} {line}" for line in wrong]
 
 
 def agrees(row: Row, met: str) -> bool:

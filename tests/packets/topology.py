@@ -106,9 +106,7 @@ class Namespace:
     @contextmanager
     def module(self, name: str, *argv: str) -> Iterator[subprocess.Popen[str]]:
         """A module of this package run as a program, once it says that it is ready."""
-        with self.process(
-            sys.executable, "-m", f"{__package__}.{name}", *argv, log=subprocess.PIPE
-        ) as process:
+        with self.process(sys.executable, "-m", f"{__package__}.{name}", *argv, log=subprocess.PIPE) as process:
             yield process
 
 
@@ -131,9 +129,7 @@ class Network(msgspec.Struct, frozen=True):
             self.node.run(f"{command}-{variant}-restore", stdin=text)
 
 
-def _connect(
-    node: Namespace, name: str, peer: Namespace, gateways: Sequence[str], addresses: Sequence[str]
-) -> None:
+def _connect(node: Namespace, name: str, peer: Namespace, gateways: Sequence[str], addresses: Sequence[str]) -> None:
     """A link from the node to `peer`, the node being the peer's default route."""
     node.ip(
         f"link add {name} type veth peer name eth0 netns {peer.pid}",
@@ -156,9 +152,7 @@ def network(endpoints: Iterable[str]) -> Iterator[Network]:
         pods, client, outside, uplink = (stack.enter_context(Namespace.create()) for _ in range(4))
         # The uplink has no routes beyond the link and forwards nothing: what goes there is not answered.
         node.ip(f"link add eth0 type veth peer name eth0 netns {uplink.pid}")
-        uplink.ip(
-            "addr add 172.30.0.1/24 dev eth0", "addr add fd00:30::1/64 dev eth0 nodad", "link set eth0 up"
-        )
+        uplink.ip("addr add 172.30.0.1/24 dev eth0", "addr add fd00:30::1/64 dev eth0 nodad", "link set eth0 up")
         node.ip(
             f"addr add {NODE[0]}/24 dev eth0",
             f"addr add {NODE[1]}/64 dev eth0 nodad",
