@@ -218,7 +218,7 @@ def _show(console: Console, status: dict[str, Any]) -> None:
     if not status["server"]:
         console.print("[red]The pods' server does not run: no pod answers. Rebuild the lab.[/]")
 
-    nodes = Table("NODE", "IPs", "POD CIDRs", "AGENT", "PODS", box=None, pad_edge=False, padding=(0, 2))
+    nodes = Table("NODE", "IPs", "POD CIDRs", "AGENT", "PODS", box=None, pad_edge=False, padding=(0, 1))
     for node in status["nodes"]:
         agent = node["agent"]
         says = "none" if agent is None else f"pid {agent['pid']}" if agent["alive"] else "[red]ended[/]"
@@ -227,12 +227,14 @@ def _show(console: Console, status: dict[str, Any]) -> None:
     console.print(nodes)
     console.print()
 
-    services = Table("SERVICE", "TYPE", "IPs", "PORT", "PODS", box=None, pad_edge=False, padding=(0, 2))
+    services = Table("SERVICE", "TYPE", "IPs", "PORT", "PODS", box=None, pad_edge=False, padding=(0, 1))
     for service in status["services"]:
         node_port = f":{service['node_port']}" if service["node_port"] else ""
         ips = (*service["cluster_ips"], *service["load_balancer_ips"])
         ports = f"{service['port']}{node_port}/{service['protocol']}"
         services.add_row(service["name"], service["type"], "\n".join(ips), ports, _pods(service["pods"]))
+    for column in services.columns:
+        column.no_wrap = True
     console.print(services)
     console.print("\nTry:")
     for line in examples(status["name"]):

@@ -29,6 +29,7 @@ from .plan import (
     NETWORK,
     OUTSIDE,
     OUTSIDE_IPS,
+    STRANGER,
     STRANGER_IPS,
     LabSpec,
     Plan,
@@ -133,9 +134,7 @@ class Lab:
         described = self.plan
         found = [self._place(node.name, node.ips) for node in described.nodes]
         found += [self._place(pod.name, pod.ips) for pod in described.pods]
-        found.append(self._place(OUTSIDE, OUTSIDE_IPS))
-        stranger = self._place(OUTSIDE, STRANGER_IPS)
-        found.append(msgspec.structs.replace(stranger, name="stranger", source=STRANGER_IPS))
+        found += [self._place(OUTSIDE, OUTSIDE_IPS), self._place(STRANGER, STRANGER_IPS)]
         return {place.name: place for place in found}
 
     def place(self, name: str) -> Place:
@@ -161,7 +160,7 @@ class Lab:
     @property
     def stranger(self) -> Place:
         """Another one outside, whom the service "lb" does not admit."""
-        return self.place("stranger")
+        return self.place(STRANGER)
 
     @property
     def services(self) -> dict[str, LabService]:
@@ -262,17 +261,17 @@ class Lab:
         ]
 
         def done() -> bool:
-            nonlocal waiting
             if dead := [node for node, alive in self.agents.items() if not alive]:
                 raise LabError(f"the agent on {dead[0]} ended. {self._last_words(dead[0])}")
-            waiting = [each for each in waiting if not self._answers(*each)]
+            while waiting and self._answers(*waiting[0]):
+                waiting.pop(0)
             return not waiting
 
         if not _until(done, timeout):
             node, service, ip = waiting[0]
             raise LabError(
                 f"{service.name} ({ip}) does not answer on {node} after {timeout:g} s"
-                f" ({len(waiting)} addresses silent). {self._last_words(node)}"
+                f" ({len(waiting)} addresses to go). {self._last_words(node)}"
             )
 
     def status(self) -> dict[str, Any]:
@@ -316,7 +315,10 @@ class Lab:
                 }
                 for pod in described.pods
             ],
-            "outside": {"netns": netns_name(self.spec.name, OUTSIDE), "ips": [*OUTSIDE_IPS, *STRANGER_IPS]},
+            "outside": [
+                {"name": name, "netns": netns_name(self.spec.name, name), "ips": ips}
+                for name, ips in ((OUTSIDE, OUTSIDE_IPS), (STRANGER, STRANGER_IPS))
+            ],
             "services": [
                 {**msgspec.to_builtins(service), "pods": self.pods_behind(service.name)}
                 for service in self.services.values()

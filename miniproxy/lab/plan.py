@@ -3,11 +3,11 @@
 A plan names every namespace with its sysctls and the `ip` commands that furnish it, so it can be read,
 compared and tested without being root; `netns.py` makes it real. The shape, for two nodes:
 
-    outside ──── network ─┬─ node1 ─┬─ web-1            network: a bridge (the nodes' switch) that also
-    203.0.113.7  (router) │ .0.1    ├─ web-3 …                   routes to the outside
-    198.51.100.7          │         └─ client-1         nodeN:   eth0 on the switch, bridge cni0 for its pods
-                          └─ node2 ─┬─ web-2 …          pods:    one veth each
-                            .0.2    └─ client-2
+    outside ───┬─ network ─┬─ node1 ─┬─ web-1           network: a bridge (the nodes' switch) that also
+    203.0.113.7│  (router) │ .0.1    ├─ web-3 …                  routes to the outside
+               │           │         └─ client-1        nodeN:   eth0 on the switch, bridge cni0 for its pods
+    stranger ──┘           └─ node2 ─┬─ web-2 …         pods:    one veth each
+    198.51.100.7             .0.2    └─ client-2
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ STRANGER_IPS = ("198.51.100.7", "fd00:198::7")
 LOAD_BALANCER_CIDRS = ("192.0.2.0/24", "fd00:192::/64")
 
 OUTSIDE = "outside"
+STRANGER = "stranger"
 NETWORK = "network"
 MAX_NODES = 32
 MAX_PODS_PER_NODE = 64
 
+_OUTSIDE_GATEWAYS = ("203.0.113.1", "fd00:203::1")
+_STRANGER_GATEWAYS = ("198.51.100.1", "fd00:198::1")
 _CLIENT_HOST = 200
-_ROUTER_HOST = 254
+_ROUTER_IPS = ("172.30.0.254", "fd00:30::254")
 _VXLAN_OVERHEAD = 50
 
 # Refusals are ICMP messages; the kernel's rate limits would make some of many tries look silent.
@@ -154,9 +157,10 @@ def plan(spec: LabSpec) -> Plan:
     pods = (*_server_pods(spec, nodes), *(_client_pod(node) for node in nodes))
     namespaces = (
         _network(spec, nodes),
-        _outside(),
+        _outside(OUTSIDE, OUTSIDE_IPS, _OUTSIDE_GATEWAYS),
+        _outside(STRANGER, STRANGER_IPS, _STRANGER_GATEWAYS),
         *(_node_namespace(spec, node, nodes, pods) for node in nodes),
-        *(_pod_namespace(spec, pod, nodes) for pod in pods),
+        *(_pod_namespace(pod, nodes) for pod in pods),
     )
     return Plan(spec, nodes, pods, namespaces)
 
@@ -211,45 +215,47 @@ def _network(spec: LabSpec, nodes: tuple[Node, ...]) -> Namespace:
                 f"link add {node.name} type veth peer name eth0 netns {netns_name(spec.name, node.name)}"
                 for node in nodes
             ),
-            f"link add {OUTSIDE} type veth peer name eth0 netns {netns_name(spec.name, OUTSIDE)}",
+            *(
+                f"link add {client} type veth peer name eth0 netns {netns_name(spec.name, client)}"
+                for client in (OUTSIDE, STRANGER)
+            ),
         ),
         setup=(
             "link set lo up",
             *(f"link set {node.name} master switch up" for node in nodes),
-            f"addr add 172.30.0.{_ROUTER_HOST}/24 dev switch",
-            f"addr add fd00:30::{_ROUTER_HOST}/64 dev switch nodad",
-            "link set switch up",
-            f"addr add 203.0.113.1/24 dev {OUTSIDE}",
-            f"addr add 198.51.100.1/24 dev {OUTSIDE}",
-            f"addr add fd00:203::1/64 dev {OUTSIDE} nodad",
-            f"addr add fd00:198::1/64 dev {OUTSIDE} nodad",
-            f"link set {OUTSIDE} up",
+            *_addresses("switch", _ROUTER_IPS),
+            *_addresses(OUTSIDE, _OUTSIDE_GATEWAYS),
+            *_addresses(STRANGER, _STRANGER_GATEWAYS),
             *routes,
         ),
     )
 
 
-def _outside() -> Namespace:
-    return Namespace(
-        OUTSIDE,
-        sysctls=_NO_DAD,
-        setup=(
-            "link set lo up",
-            f"addr add {OUTSIDE_IPS[0]}/24 dev eth0",
-            f"addr add {STRANGER_IPS[0]}/24 dev eth0",
-            f"addr add {OUTSIDE_IPS[1]}/64 dev eth0 nodad",
-            f"addr add {STRANGER_IPS[1]}/64 dev eth0 nodad",
-            "link set eth0 up",
-            f"route add default via 203.0.113.1 src {OUTSIDE_IPS[0]}",
-            f"route add default via fd00:203::1 src {OUTSIDE_IPS[1]}",
-        ),
+def _outside(name: str, ips: tuple[str, str], gateways: tuple[str, str]) -> Namespace:
+    return Namespace(name, sysctls=_NO_DAD, setup=_leaf(ips, gateways))
+
+
+def _addresses(link: str, ips: tuple[str, str]) -> tuple[str, ...]:
+    """Gives a link its addresses, IPv4 /24 and IPv6 /64, and sets it up."""
+    return (
+        f"addr add {ips[0]}/24 dev {link}",
+        f"addr add {ips[1]}/64 dev {link} nodad",
+        f"link set {link} up",
+    )
+
+
+def _leaf(ips: tuple[str, str], gateways: tuple[str, str]) -> tuple[str, ...]:
+    """Somebody with one link, who sends everything to its gateway."""
+    return (
+        "link set lo up",
+        *_addresses("eth0", ips),
+        *(f"route add default via {gateway}" for gateway in gateways),
     )
 
 
 def _node_namespace(spec: LabSpec, node: Node, nodes: tuple[Node, ...], pods: tuple[Pod, ...]) -> Namespace:
     own = [pod for pod in pods if pod.node == node.name]
     others = [other for other in nodes if other is not node]
-    gateways = _gateways(node)
     between = _vxlan_routes(node, others) if spec.overlay == "vxlan" else _host_gw_routes(others)
     vxlan_link = (f"link add vxlan0 address {_vtep_mac(node)} mtu {_pod_mtu(spec)} type vxlan id 244 "
                   f"local {node.ips[0]} dstport 4789 nolearning dev eth0",)  # fmt: skip
@@ -267,17 +273,12 @@ def _node_namespace(spec: LabSpec, node: Node, nodes: tuple[Node, ...], pods: tu
         ),
         setup=(
             "link set lo up",
-            f"addr add {node.ips[0]}/24 dev eth0",
-            f"addr add {node.ips[1]}/64 dev eth0 nodad",
-            "link set eth0 up",
-            f"addr add {gateways[0]}/24 dev cni0",
-            f"addr add {gateways[1]}/64 dev cni0 nodad",
-            "link set cni0 up",
+            *_addresses("eth0", node.ips),
+            *_addresses("cni0", _gateways(node)),
             # hairpin: a pod that reaches itself through its service comes back by the port it left by.
             *(f"link set {_veth(pod)} master cni0 up" for pod in own),
             *(f"link set {_veth(pod)} type bridge_slave hairpin on" for pod in own),
-            f"route add default via 172.30.0.{_ROUTER_HOST}",
-            f"route add default via fd00:30::{_ROUTER_HOST}",
+            *(f"route add default via {router}" for router in _ROUTER_IPS),
             *(vxlan_link if spec.overlay == "vxlan" else ()),
             *between,
         ),
@@ -312,21 +313,9 @@ def _vxlan_routes(node: Node, others: list[Node]) -> list[str]:
     return commands
 
 
-def _pod_namespace(spec: LabSpec, pod: Pod, nodes: tuple[Node, ...]) -> Namespace:
+def _pod_namespace(pod: Pod, nodes: tuple[Node, ...]) -> Namespace:
     node = next(node for node in nodes if node.name == pod.node)
-    gateways = _gateways(node)
-    return Namespace(
-        pod.name,
-        sysctls=_NO_DAD,
-        setup=(
-            "link set lo up",
-            f"addr add {pod.ips[0]}/24 dev eth0",
-            f"addr add {pod.ips[1]}/64 dev eth0 nodad",
-            "link set eth0 up",
-            f"route add default via {gateways[0]}",
-            f"route add default via {gateways[1]}",
-        ),
-    )
+    return Namespace(pod.name, sysctls=_NO_DAD, setup=_leaf(pod.ips, _gateways(node)))
 
 
 def _veth(pod: Pod) -> str:

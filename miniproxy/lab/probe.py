@@ -74,13 +74,12 @@ class Answers(msgspec.Struct, frozen=True):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """A node, a pod or the outside: somewhere to connect from. `source` binds connections to an address."""
+    """A node, a pod or the outside: somewhere to connect from."""
 
     name: str
     netns: str
     ips: tuple[str, str]  # IPv4, IPv6
     lock_file: str  # of iptables
-    source: tuple[str, str] | None = None
 
     def get(self, address: str, port: int, *, timeout: float = 1.0) -> Answer:
         """One HTTP request."""
@@ -90,20 +89,17 @@ class Place(msgspec.Struct, frozen=True):
         """`count` connections, some at the same time, each given `timeout` seconds before it is "silent"."""
         from concurrent.futures import ThreadPoolExecutor
 
-        source = self._source(address)
-
         def one(_: int) -> Answer:
-            return _connect(kind, address, port, source, timeout)
+            return _connect(kind, address, port, timeout)
 
         with ThreadPoolExecutor(min(count, _PARALLEL), initializer=enter, initargs=(self.netns,)) as pool:
             return Answers(tuple(pool.map(one, range(count))))
 
     def dial(self, address: str, port: int, *, timeout: float = 1.0) -> Conversation:
         """Opens a TCP connection to a pods' line port, to be kept open. Raises OSError."""
-        source = self._source(address)
 
         def connect() -> socket.socket:
-            return socket.create_connection((address, port), timeout, source)
+            return socket.create_connection((address, port), timeout)
 
         return Conversation(inside(self.netns, connect))
 
@@ -112,12 +108,11 @@ class Place(msgspec.Struct, frozen=True):
         """HTTP requests one after another for as long as the block lasts, into the list it gives."""
         answers: list[Answer] = []
         over = threading.Event()
-        source = self._source(address)
 
         def run() -> None:
             enter(self.netns)
             while not over.wait(pause):
-                answers.append(_connect("http", address, port, source, 1.0))
+                answers.append(_connect("http", address, port, 1.0))
 
         thread = threading.Thread(target=run, name=f"traffic from {self.name}")
         thread.start()
@@ -143,9 +138,6 @@ class Place(msgspec.Struct, frozen=True):
         its own; nodes of a lab shall neither wait for each other nor for the machine, as real ones don't.
         """
         return environment(XTABLES_LOCKFILE=self.lock_file)
-
-    def _source(self, address: str) -> tuple[str, int] | None:
-        return None if self.source is None else (self.source[":" in address], 0)
 
 
 class Conversation:
@@ -177,12 +169,12 @@ class Conversation:
         self.close()
 
 
-def _connect(kind: Kind, address: str, port: int, source: tuple[str, int] | None, timeout: float) -> Answer:
+def _connect(kind: Kind, address: str, port: int, timeout: float) -> Answer:
     """One connection from the namespace of the calling thread."""
     ask = {"http": _http, "tcp": _tcp, "udp": _udp}[kind]
     began = time.monotonic()
     try:
-        line = ask(address, port, source, timeout)
+        line = ask(address, port, timeout)
     except ConnectionRefusedError:
         return Answer(outcome="refused", began=began, seconds=time.monotonic() - began)
     except (TimeoutError, PermissionError):
@@ -222,10 +214,10 @@ class _Said(msgspec.Struct):
     client_port: int
 
 
-def _http(address: str, port: int, source: tuple[str, int] | None, timeout: float) -> bytes:
+def _http(address: str, port: int, timeout: float) -> bytes:
     import http.client
 
-    connection = http.client.HTTPConnection(address, port, timeout, source)
+    connection = http.client.HTTPConnection(address, port, timeout)
     try:
         connection.request("GET", "/")
         return connection.getresponse().read()
@@ -235,20 +227,18 @@ def _http(address: str, port: int, source: tuple[str, int] | None, timeout: floa
         connection.close()
 
 
-def _tcp(address: str, port: int, source: tuple[str, int] | None, timeout: float) -> bytes:
+def _tcp(address: str, port: int, timeout: float) -> bytes:
     with (
-        socket.create_connection((address, port), timeout, source) as connection,
+        socket.create_connection((address, port), timeout) as connection,
         connection.makefile("rb") as lines,
     ):
         return lines.readline()
 
 
-def _udp(address: str, port: int, source: tuple[str, int] | None, timeout: float) -> bytes:
+def _udp(address: str, port: int, timeout: float) -> bytes:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as connection:
         connection.settimeout(timeout)
-        if source is not None:
-            connection.bind(source)
         connection.connect((address, port))  # so that a refusal (ICMP) is reported
         connection.send(b"who are you?\n")
         return connection.recv(65535)

@@ -18,12 +18,23 @@ SPECS = [
 
 def test_the_plan_of_a_small_lab() -> None:
     spaces = {space.name: space for space in plan(LabSpec(name="x", nodes=2, pods_per_node=1)).namespaces}
-    assert list(spaces) == ["network", "outside", "node1", "node2", "web-1", "web-2", "client-1", "client-2"]
+    assert list(spaces) == [
+        "network",
+        "outside",
+        "stranger",
+        "node1",
+        "node2",
+        "web-1",
+        "web-2",
+        "client-1",
+        "client-2",
+    ]
     assert spaces["network"].links == (
         "link add switch type bridge",
         "link add node1 type veth peer name eth0 netns mp-x-node1",
         "link add node2 type veth peer name eth0 netns mp-x-node2",
         "link add outside type veth peer name eth0 netns mp-x-outside",
+        "link add stranger type veth peer name eth0 netns mp-x-stranger",
     )
     assert spaces["node1"].links == (
         "link add cni0 type bridge",
