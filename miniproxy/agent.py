@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from .config import Settings
+from .flows import Flow, Flows, Stale
 from .log import fields
 from .model import Batch, Family, Node, Problem, Ref, ServicePort, ServicePortName
 from .policy import Serving, categorize
@@ -44,6 +45,14 @@ class Synced(NamedTuple):
     error: str = ""
 
 
+class Conntrack(Protocol):
+    """What the agent needs of kernel/conntrack.py."""
+
+    def flows(self, family: Family) -> Iterable[Flow]: ...
+
+    def forget(self, stale: Iterable[Stale]) -> int: ...
+
+
 class Agent:
     """Everything between a source and the kernel, for one node. Single-threaded; does nothing by itself."""
 
@@ -54,6 +63,7 @@ class Agent:
         backends: Mapping[Family, Backend],
         *,
         local_addresses: Callable[[Family], Sequence[str]] = lambda family: (),
+        conntrack: Conntrack | None = None,
         announce: Callable[[News], None] | None = None,
     ) -> None:
         self.settings = settings
@@ -62,6 +72,10 @@ class Agent:
         self.problems = Problems()
         self.reconcilers = {family: Reconciler(backend) for family, backend in backends.items()}
         self._local_addresses = local_addresses
+        self._conntrack = conntrack
+        self._flows = Flows(local_addresses)
+        self._stale: dict[Family, list[Stale]] = {}  # flows to forget once the rules no longer make them
+        self._fresh = set(backends)  # families whose flows of before this agent have not been looked at
         self._announce = announce or log_news
         self._planned_for: Node | None = None
         self._suspect: set[Family] = set(backends)  # whose kernel state has to be read before it is written
@@ -112,8 +126,10 @@ class Agent:
         if port is None:
             reconciler.set(name, ())
             self._state(family, name, ())
+            self._note_flows(key, None, ())
             return
         serving = categorize(port, self.tracker.endpoints(key), self.tracker.node)
+        self._note_flows(key, port, (e.ip for e in serving.reachable))
         reconciler.set(name, self.planner.plan(port, serving, self.settings, self.tracker.node))
         # The ports of one Service share its health check port; that is no conflict.
         conflicts = [(k, w) for k, w in reconciler.conflicts(name) if w is None or w[:2] != name[:2]]
@@ -130,7 +146,29 @@ class Agent:
         self._suspect.discard(family)
         for name, reason in result.set_aside:
             self._state(family, name, [f"set aside, its old state keeps serving: {reason}"])
+        self._forget_flows(family)
         return Synced(family, result)
+
+    def _note_flows(self, key: PortKey, port: ServicePort | None, endpoints: Iterable[str]) -> None:
+        stale = self._flows.change(key, port, endpoints)
+        if stale and key[1] not in self._fresh:
+            self._stale.setdefault(key[1], []).extend(stale)
+
+    def _forget_flows(self, family: Family) -> None:
+        """After the rules are written: earlier, the next packet would only make the same flow again."""
+        if self._conntrack is None:
+            return
+        stale = self._stale.pop(family, [])
+        try:
+            if family in self._fresh:
+                stale = self._flows.left_over(self._conntrack.flows(family))
+                self._fresh.discard(family)
+            if stale:
+                count = self._conntrack.forget(stale)
+                log.info("forgot stale flows", extra=fields(family=family, flows=count))
+        except OSError as error:
+            self._stale.setdefault(family, []).extend(stale)
+            log.warning("cannot look after conntrack: %s", error, extra=fields(family=family))
 
     def _state(self, family: Family, name: ServicePortName, reasons: Iterable[str]) -> None:
         ref = Ref("Service", name.namespace, name.name)

@@ -43,6 +43,7 @@ def _serve(loaded: Loaded) -> str:
     """Run with one configuration until a signal ends it; says which: "stop" or "reload"."""
     from ..agent import Agent, Synced
     from ..backends import choose
+    from ..kernel import conntrack
     from ..kernel.links import local_addresses
     from ..kernel.sysctl import forwarding_problem
     from ..sources.manifests import ManifestSource
@@ -56,7 +57,13 @@ def _serve(loaded: Loaded) -> str:
     except ValueError as error:
         raise Failure(str(error)) from None
     dataplane.prepare()
-    agent = Agent(settings, dataplane.planner, dataplane.backends, local_addresses=local_addresses)
+    agent = Agent(
+        settings,
+        dataplane.planner,
+        dataplane.backends,
+        local_addresses=local_addresses,
+        conntrack=conntrack,
+    )
     for problem in filter(None, map(forwarding_problem, agent.reconcilers)):
         log.warning("%s", problem)
 

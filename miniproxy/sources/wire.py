@@ -700,7 +700,7 @@ def _endpoints(endpoints: list[_Endpoint], family: Family, report: _Report) -> t
             path = f"endpoints[{i}].hints"
             zones = _hints(wire.hints.for_zones, f"{path}.forZones", label_value, LABEL_VALUE_RULE, report)
             nodes = _hints(wire.hints.for_nodes, f"{path}.forNodes", subdomain, SUBDOMAIN_RULE, report)
-        serving = ready if conditions.serving is None else conditions.serving
+        serving = conditions.serving is not False
         good.append(SliceEndpoint(ip, ready, serving, conditions.terminating is True, node, zones, nodes))
     return tuple(good)
 

@@ -239,7 +239,8 @@ def test_a_slice_with_everything() -> None:
         (None, (True, True, False)),
         ({}, (True, True, False)),
         ({"ready": None, "serving": None, "terminating": None}, (True, True, False)),
-        ({"ready": False}, (False, False, False)),
+        ({"ready": False}, (False, True, False)),
+        ({"ready": False, "terminating": True}, (False, True, True)),
         ({"ready": False, "serving": True, "terminating": True}, (False, True, True)),
         ({"ready": True, "serving": False}, (True, False, False)),
     ],
@@ -389,7 +390,9 @@ TEXT = st.one_of(
     ),
     st.sampled_from(["-A INPUT", "a\nCOMMIT", "a\0b", "a" * 300, "x;y", "é", "http", "\u202e", "2026-01-01"]),
 )
-SCALAR = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), TEXT)
+SCALAR = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False), TEXT
+)
 ANYTHING = st.recursive(
     SCALAR, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3))
 )
