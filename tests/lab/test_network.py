@@ -9,6 +9,8 @@ import pytest
 from miniproxy.lab import Lab, LabError
 from miniproxy.lab.probe import Kind
 
+from .test_life import eventually
+
 PORTS: list[tuple[Kind, int]] = [("http", 8080), ("tcp", 7000), ("udp", 5300)]
 
 
@@ -92,8 +94,7 @@ def test_a_slow_answer_streams(lab: Lab) -> None:
 
 def test_traffic_goes_on_in_the_background(lab: Lab) -> None:
     with lab.pod("client-1").traffic(lab.plan.servers[0].ips[0], 8080, pause=0.001) as answers:
-        while len(answers) < 10:
-            pass
+        assert eventually(lambda: len(answers) >= 10)
     count = len(answers)
     assert {answer.outcome for answer in answers} == {"answered"}
     assert len(answers) == count
