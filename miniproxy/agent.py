@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, Protocol
 from .config import Settings
 from .flows import Flow, Flows, Stale
 from .log import fields
-from .model import Batch, Family, Node, Problem, Ref, ServicePort, ServicePortName
+from .model import Batch, Family, Node, PortKey, Problem, Ref, ServicePort, ServicePortName
 from .policy import Serving, categorize
 from .problems import News, Problems
 from .reconciler import Reconciler, Result
-from .tracker import PortKey, Tracker
+from .tracker import Tracker
 from .transaction import Backend, TransactionError
 
 log = logging.getLogger(__name__)

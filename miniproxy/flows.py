@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from .model import Family, Protocol, ServicePort
-from .tracker import PortKey
+from .model import Family, PortKey, Protocol, ServicePort
 
 CONNECTIONLESS: frozenset[Protocol] = frozenset({"UDP", "SCTP"})
 

@@ -44,6 +44,9 @@ class ServicePortName(NamedTuple):
         return f"{self.namespace}/{self.name}:{self.port}" if self.port else f"{self.namespace}/{self.name}"
 
 
+PortKey = tuple[ServicePortName, Family]
+
+
 class Ref(NamedTuple):
     """Which object of a source: (kind, namespace, name). A "File" has its path as name."""
 

@@ -167,9 +167,7 @@ def _parse_rule(text: str) -> Rule:
             matches[-1][1].append((option, negated, value))
         else:
             matches.append((option, [(option, negated, value)]))
-    return Rule(
-        text, tuple(Match(name, tuple(options)) for name, options in matches), target, goto, arguments
-    )
+    return Rule(text, tuple(Match(name, tuple(options)) for name, options in matches), target, goto, arguments)
 
 
 def _options(text: str) -> Iterator[tuple[str, bool, str]]:
@@ -287,10 +285,7 @@ class _Walk:
         if chain.policy != "DROP":
             return ends
         step = Step(f"{table} {name}", "policy DROP", "no rule decided")
-        return [
-            (_after(state, step), _End.DROPPED) if end is _End.RETURNED else (state, end)
-            for state, end in ends
-        ]
+        return [(_after(state, step), _End.DROPPED) if end is _End.RETURNED else (state, end) for state, end in ends]
 
     def chain(self, table: str, name: str, start: _State) -> _Ends:
         """Through one chain and those it jumps to."""
@@ -396,9 +391,7 @@ def _yes(hit: bool, why: str = "") -> _Test:
 
 
 def _test(match: Match, walk: _Walk, state: _State) -> _Test:
-    words = " ".join(
-        [match.name, *(f"{'! ' * no}{option} {value}".strip() for option, no, value in match.options)]
-    )
+    words = " ".join([match.name, *(f"{'! ' * no}{option} {value}".strip() for option, no, value in match.options)])
     known = _MATCHES.get(match.name)
     if known is None:
         raise _UnknownError(words)
@@ -469,9 +462,7 @@ def _comment(options: _Options, walk: _Walk, state: _State) -> _Test:
 def _conntrack(options: _Options, walk: _Walk, state: _State) -> _Test:
     negated, wanted = options.only("--ctstate")
     states = {"NEW"} | ({"DNAT"} if state.translated else set())
-    return _yes(
-        bool(states & set(wanted.split(","))) != negated, f"connection is {' and '.join(sorted(states))}"
-    )
+    return _yes(bool(states & set(wanted.split(","))) != negated, f"connection is {' and '.join(sorted(states))}")
 
 
 def _mark(options: _Options, walk: _Walk, state: _State) -> _Test:

@@ -16,6 +16,7 @@ from .model import (
     Family,
     Node,
     Object,
+    PortKey,
     Protocol,
     Ref,
     Service,
@@ -23,7 +24,6 @@ from .model import (
     ServicePortName,
 )
 
-PortKey = tuple[ServicePortName, Family]
 ServiceKey = tuple[str, str]  # (namespace, name)
 
 

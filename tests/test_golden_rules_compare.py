@@ -24,19 +24,13 @@ def test_dispatch_rules_may_come_in_any_order_but_the_nodeports_jump_is_last() -
     swapped[first], swapped[last] = lines[last], lines[first]
     assert differences("\n".join(lines), "\n".join(swapped)) == []
 
-    jump = next(
-        i for i, line in enumerate(lines) if line.endswith("-j KUBE-NODEPORTS") and "KUBE-SERVICES" in line
-    )
+    jump = next(i for i, line in enumerate(lines) if line.endswith("-j KUBE-NODEPORTS") and "KUBE-SERVICES" in line)
     moved = lines.copy()
     moved.insert(first, moved.pop(jump))
-    assert [line.split(":")[0] for line in differences("\n".join(lines), "\n".join(moved))] == [
-        "nat KUBE-SERVICES"
-    ]
+    assert [line.split(":")[0] for line in differences("\n".join(lines), "\n".join(moved))] == ["nat KUBE-SERVICES"]
 
 
-@pytest.mark.parametrize(
-    "prefix", ["-A KUBE-SVC-6ZVTNT3QB37HUYTA", "-A KUBE-POSTROUTING", "-A INPUT", "-A FORWARD"]
-)
+@pytest.mark.parametrize("prefix", ["-A KUBE-SVC-6ZVTNT3QB37HUYTA", "-A KUBE-POSTROUTING", "-A INPUT", "-A FORWARD"])
 def test_order_counts_elsewhere(prefix: str) -> None:
     lines = golden("iptables-save.txt").splitlines()
     rules = [i for i, line in enumerate(lines) if line.startswith(prefix)]

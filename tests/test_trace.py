@@ -94,9 +94,7 @@ def test_affinity_is_noted_as_a_possibility() -> None:
 
 def test_a_pod_that_reaches_itself_is_masqueraded() -> None:
     packet = Packet("10.180.0.1", "10.97.0.1", "TCP", 80, "pods")
-    hidden = {
-        str(branch.endpoint): branch.masqueraded for branch in trace(RULES[Family.V4], packet, LOCAL).branches
-    }
+    hidden = {str(branch.endpoint): branch.masqueraded for branch in trace(RULES[Family.V4], packet, LOCAL).branches}
     assert hidden == {"10.180.0.1:8080": True, "10.180.0.2:8080": False, "10.180.0.3:8080": False}
 
 
@@ -112,9 +110,7 @@ PACKET = Packet("10.0.0.1", "10.0.0.2", "TCP", 80, "eth0")
 
 def rules(*lines: str, policy: str = "ACCEPT", table_filter: tuple[str, ...] = ()) -> Rules:
     filter_text = f"*filter\n:INPUT ACCEPT [0:0]\n:FORWARD {policy} [0:0]\n:OUTPUT ACCEPT [0:0]\n"
-    return parse(
-        HEAD + "\n".join([*lines, "COMMIT", ""]) + filter_text + "\n".join([*table_filter, "COMMIT", ""])
-    )
+    return parse(HEAD + "\n".join([*lines, "COMMIT", ""]) + filter_text + "\n".join([*table_filter, "COMMIT", ""]))
 
 
 @pytest.mark.parametrize(
@@ -150,9 +146,7 @@ def test_policy_and_rules_of_filter_decide_after_nat() -> None:
     assert trace(rules(dnat), PACKET, ()).endpoints == {Target("10.0.0.3", 8080): 1}
     assert trace(rules(dnat, policy="DROP"), PACKET, ()).verdicts == {Verdict.DROPPED: 1}
     accept = ("-A FORWARD -m conntrack --ctstate DNAT -j ACCEPT",)
-    assert trace(rules(dnat, policy="DROP", table_filter=accept), PACKET, ()).verdicts == {
-        Verdict.ENDPOINT: 1
-    }
+    assert trace(rules(dnat, policy="DROP", table_filter=accept), PACKET, ()).verdicts == {Verdict.ENDPOINT: 1}
     # An endpoint on the node itself does not pass FORWARD.
     assert trace(rules(dnat, policy="DROP"), PACKET, ("10.0.0.0/29",)).verdicts == {Verdict.ENDPOINT: 1}
 
@@ -203,9 +197,7 @@ def test_counters_in_the_text_do_not_matter() -> None:
     assert trace(parse(text), PACKET, ()).endpoints == {Target("10.0.0.3", 1): 1}
 
 
-@pytest.mark.parametrize(
-    "text", ["*nat\n-A NOWHERE -j ACCEPT\n", "*nat\n:X\n", '*nat\n:X - [0:0]\n-A X -d "\n']
-)
+@pytest.mark.parametrize("text", ["*nat\n-A NOWHERE -j ACCEPT\n", "*nat\n:X\n", '*nat\n:X - [0:0]\n-A X -d "\n'])
 def test_text_that_is_not_iptables_save_is_refused_with_its_line(text: str) -> None:
     with pytest.raises(TraceError, match=r"line [23] is not iptables-save output"):
         parse(text)

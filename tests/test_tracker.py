@@ -12,12 +12,13 @@ from miniproxy.model import (
     EndpointSlice,
     Family,
     Node,
+    PortKey,
     Ref,
     ServicePortName,
     SliceEndpoint,
     SlicePort,
 )
-from miniproxy.tracker import PortKey, Tracker
+from miniproxy.tracker import Tracker
 from tests import cluster, world
 
 
