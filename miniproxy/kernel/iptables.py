@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..model import Family
 from ..planner import rules
-from ..planner.iptables import IptablesObject
+from ..planner.iptables import LAYOUT, IptablesObject, Layout
 from ..transaction import Change, Transaction, TransactionError
 from .exec import Runner, run
 
@@ -22,16 +22,17 @@ _LOCK_WAIT = "5"  # seconds; another program may be in the middle of a large res
 class Iptables:
     """The iptables of one family: the reconciler's backend for iptables mode."""
 
-    def __init__(self, family: Family, variant: Variant, runner: Runner = run) -> None:
+    def __init__(self, family: Family, variant: Variant, runner: Runner = run, layout: Layout = LAYOUT) -> None:
         self.family = family
         self.variant = variant
+        self.layout = layout
         # One large transaction costs iptables-nft-restore super-linear time, and legacy a swap of the whole
         # table for each one: measured at 5,000 services × 2 endpoints (docs/performance.md).
         self.batch = 250 if variant == "nft" else 0
         self._run = runner
 
     def read(self) -> dict[Any, IptablesObject]:
-        return rules.parse_save(self.save()).objects
+        return rules.parse_save(self.save(), self.layout).objects
 
     def save(self, *tables: str) -> str:
         """iptables-save of these tables, or of all. Raises TransactionError."""

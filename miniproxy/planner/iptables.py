@@ -13,7 +13,7 @@ Rules are written exactly as iptables-save prints them, so reading back is mostl
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from ..config import Settings
@@ -29,12 +29,33 @@ PROXY_FIREWALL = "KUBE-PROXY-FIREWALL"
 
 TABLES = ("filter", "nat")
 BUILT_IN = frozenset({"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"})
-# The chains there are whatever services there are, by table: with fixed rules, and with a rule per service.
-FIXED = {"nat": {MARK_MASQ, "KUBE-POSTROUTING"}, "filter": {"KUBE-FORWARD", "KUBE-FIREWALL"}}
-DISPATCH = {
-    "nat": {SERVICES, NODE_PORTS},
-    "filter": {SERVICES, NODE_PORTS, EXTERNAL_SERVICES, PROXY_FIREWALL},
-}
+
+
+class Layout(NamedTuple):
+    """The chains that a mode has whatever services there are, by table; IPVS mode has another one."""
+
+    fixed: Mapping[str, Set[str]]  # with fixed rules
+    dispatch: Mapping[str, Set[str]]  # with rules of services
+
+
+# The fixed chains include those that only IPVS mode has, so that what is left of it is found, and removed.
+LAYOUT = Layout(
+    fixed={
+        "nat": {MARK_MASQ, "KUBE-POSTROUTING", "KUBE-NODE-PORT", "KUBE-LOAD-BALANCER"},
+        "filter": {
+            "KUBE-FORWARD",
+            "KUBE-FIREWALL",
+            "KUBE-NODE-PORT",
+            "KUBE-IPVS-FILTER",
+            "KUBE-IPVS-OUT-FILTER",
+            "KUBE-SOURCE-RANGES-FIREWALL",
+        },
+    },
+    dispatch={
+        "nat": {SERVICES, NODE_PORTS},
+        "filter": {SERVICES, NODE_PORTS, EXTERNAL_SERVICES, PROXY_FIREWALL},
+    },
+)
 
 
 class Chain(NamedTuple):
@@ -192,7 +213,7 @@ class _ServicePlan:
         *,
         node_only: bool = False,
     ) -> DispatchRule:
-        destination = f"-d {_host(ip)} " if ip else ""
+        destination = f"-d {host(ip)} " if ip else ""
         addrtype = "-m addrtype --dst-type LOCAL " if node_only else ""
         rule = (
             f'{destination}-p {self.proto} -m comment --comment "{comment}" '
@@ -211,8 +232,8 @@ class _ServicePlan:
             f'-p {self.proto} -m comment --comment "{self.text} cluster IP" '
             f"-m {self.proto} --dport {port.port} -j {MARK_MASQ}"
         )
-        destination = f"-d {_host(port.cluster_ip)}"
-        outside = _sources(settings, port.family, self.node, inside=False)
+        destination = f"-d {host(port.cluster_ip)}"
+        outside = pod_sources(settings, port.family, self.node, inside=False)
         if settings.masquerade_all:
             yield f"{destination} {match}"
         elif outside.startswith("! -i"):  # iptables-save prints interfaces behind addresses
@@ -227,7 +248,7 @@ class _ServicePlan:
         else:
             # Policy Local is about traffic from outside; pods and this node reach all endpoints, as they
             # would if the load balancer sent them to any node.
-            inside = _sources(self.settings, self.port.family, self.node, inside=True)
+            inside = pod_sources(self.settings, self.port.family, self.node, inside=True)
             if inside:
                 yield f'{inside} -m comment --comment "pod traffic for {what}" -j {self.cluster_chain}'
             local = "-m addrtype --src-type LOCAL"
@@ -240,10 +261,10 @@ class _ServicePlan:
         port = self.port
         sources = list(port.source_ranges)
         node_ip = self.node.ip(port.family)
-        if node_ip and any(_contains(cidr, node_ip) for cidr in port.source_ranges):
+        if node_ip and any(contains(cidr, node_ip) for cidr in port.source_ranges):
             # Where the load balancer's address is bound to the node, the node's own connections to it come
             # with that address as their source.
-            sources += [_host(ip) for ip in port.load_balancer_ips]
+            sources += [host(ip) for ip in port.load_balancer_ips]
         for source in sources:
             yield f'-s {source} -m comment --comment "{self.text} loadbalancer IP" -j {self.external_chain}'
         yield (f'-m comment --comment "other traffic to {self.text} will be dropped by {PROXY_FIREWALL}"')
@@ -266,7 +287,7 @@ class _ServicePlan:
             "nat",
             chain,
             (
-                f"-s {_host(endpoint.ip)} {comment} -j {MARK_MASQ}",  # hairpin: a pod that reaches itself
+                f"-s {host(endpoint.ip)} {comment} -j {MARK_MASQ}",  # hairpin: a pod that reaches itself
                 f"-p {self.proto} {comment} {remember}-m {self.proto} -j DNAT --to-destination {endpoint}",
             ),
         )
@@ -322,7 +343,7 @@ def frame(
     )
 
 
-def show(objects: Iterable[IptablesObject]) -> str:
+def show(objects: Iterable[IptablesObject], layout: Layout = LAYOUT) -> str:
     """Objects as iptables-save prints them: all chains of a table, then their rules."""
     chains: dict[tuple[str, str], list[str]] = {}
     tails: dict[tuple[str, str], tuple[str, ...]] = {}
@@ -342,33 +363,33 @@ def show(objects: Iterable[IptablesObject]) -> str:
             lines.append(f"*{table}")
             lines += [f":{name} {'ACCEPT' if name in BUILT_IN else '-'} [0:0]" for name in mine]
             for name, rules in mine.items():
-                if name in DISPATCH[table]:
+                if name in layout.dispatch[table]:
                     rules.sort()
                 lines += [f"-A {name} {rule}" for rule in (*rules, *tails.get((table, name), ()))]
             lines.append("COMMIT")
     return "".join(f"{line}\n" for line in lines)
 
 
-def _hook(chain: str, comment: str, *, new: bool = True) -> str:
+def hook(chain: str, comment: str, *, new: bool = True) -> str:
     state = "-m conntrack --ctstate NEW " if new else ""
     return f'{state}-m comment --comment "{comment}" -j {chain}'
 
 
-_FIREWALL_HOOK = _hook(PROXY_FIREWALL, "kubernetes load balancer firewall")
-_EXTERNAL_HOOK = _hook(EXTERNAL_SERVICES, "kubernetes externally-visible service portals")
-_PORTALS_HOOK = _hook(SERVICES, "kubernetes service portals")
-_NAT_HOOK = _hook(SERVICES, "kubernetes service portals", new=False)
+_FIREWALL_HOOK = hook(PROXY_FIREWALL, "kubernetes load balancer firewall")
+_EXTERNAL_HOOK = hook(EXTERNAL_SERVICES, "kubernetes externally-visible service portals")
+_PORTALS_HOOK = hook(SERVICES, "kubernetes service portals")
+_NAT_HOOK = hook(SERVICES, "kubernetes service portals", new=False)
 _HOOKS = (
     Hooks("nat", "PREROUTING", (_NAT_HOOK,)),
     Hooks("nat", "OUTPUT", (_NAT_HOOK,)),
-    Hooks("nat", "POSTROUTING", (_hook("KUBE-POSTROUTING", "kubernetes postrouting rules", new=False),)),
+    Hooks("nat", "POSTROUTING", (hook("KUBE-POSTROUTING", "kubernetes postrouting rules", new=False),)),
     Hooks(
         "filter",
         "INPUT",
         (
             "-j KUBE-FIREWALL",
             _FIREWALL_HOOK,
-            _hook(NODE_PORTS, "kubernetes health check service ports", new=False),
+            hook(NODE_PORTS, "kubernetes health check service ports", new=False),
             _EXTERNAL_HOOK,
         ),
     ),
@@ -377,7 +398,7 @@ _HOOKS = (
         "FORWARD",
         (
             _FIREWALL_HOOK,
-            _hook("KUBE-FORWARD", "kubernetes forwarding rules", new=False),
+            hook("KUBE-FORWARD", "kubernetes forwarding rules", new=False),
             _PORTALS_HOOK,
             _EXTERNAL_HOOK,
         ),
@@ -397,14 +418,14 @@ def _node_port_tail(settings: Settings, node: Node, family: Family, local_addres
         return
     primary = (node.ip(family),) if "primary" in accepted and node.ip(family) else ()
     ranges = [c for c in accepted if c != "primary"]
-    mine = [a for a in local_addresses if Family.of(a) is family and any(_contains(c, a) for c in ranges)]
+    mine = [a for a in local_addresses if Family.of(a) is family and any(contains(c, a) for c in ranges)]
     for address in sorted({*primary, *mine}):
         loopback = ipaddress.ip_address(address).is_loopback
         if not loopback or (settings.localhost_node_ports and not v6):
-            yield f"-d {_host(address)} {comment} -j {NODE_PORTS}"
+            yield f"-d {host(address)} {comment} -j {NODE_PORTS}"
 
 
-def _sources(settings: Settings, family: Family, node: Node, *, inside: bool) -> str:
+def pod_sources(settings: Settings, family: Family, node: Node, *, inside: bool) -> str:
     """The match for traffic from pods of this cluster (or from anybody else); "" when that is unknown."""
     negate = "" if inside else "! "
     match settings.detect_local_mode:
@@ -419,11 +440,11 @@ def _sources(settings: Settings, family: Family, node: Node, *, inside: bool) ->
     return f"{negate}-s {cidr}" if cidr else ""
 
 
-def _host(ip: str) -> str:
+def host(ip: str) -> str:
     return f"{ip}/128" if ":" in ip else f"{ip}/32"
 
 
-def _contains(cidr: str, ip: str) -> bool:
+def contains(cidr: str, ip: str) -> bool:
     return Family.of(cidr) is Family.of(ip) and ipaddress.ip_address(ip) in ipaddress.ip_network(cidr, strict=False)
 
 

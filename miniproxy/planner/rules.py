@@ -17,16 +17,17 @@ from typing import NamedTuple
 from ..transaction import Change, Transaction
 from .iptables import (
     BUILT_IN,
-    DISPATCH,
-    FIXED,
+    LAYOUT,
     TABLES,
     Chain,
     DispatchChain,
     DispatchRule,
     Hooks,
     IptablesObject,
+    Layout,
 )
 
+_PROTOCOLS = {"6": "tcp", "17": "udp", "132": "sctp"}  # as `-m ipvs` writes them
 _PER_SERVICE = re.compile(r"KUBE-(SVC|SVL|EXT|FW|SEP|XLB)-[A-Z2-7]{16}$")
 
 
@@ -111,7 +112,7 @@ class Saved(NamedTuple):
     borrowed: set[tuple[str, str]]  # (table, name) of our chains that rules of others jump to
 
 
-def parse_save(text: str) -> Saved:
+def parse_save(text: str, layout: Layout = LAYOUT) -> Saved:
     """Pick our objects out of the output of iptables-save (all tables, or some)."""
     chains: dict[tuple[str, str], list[str]] = {}
     table = ""
@@ -126,15 +127,15 @@ def parse_save(text: str) -> Saved:
     objects: dict[tuple[str, ...], IptablesObject] = {}
     borrowed = set()
     for (table, name), rules in chains.items():
-        found = list(_ours(table, name, rules))
+        found = list(_ours(table, name, rules, layout))
         objects.update((obj.key, obj) for obj in found)
         if not found:
-            borrowed |= {(table, _target(r)) for r in rules if _is_ours(table, _target(r))}
+            borrowed |= {(table, _target(r)) for r in rules if _is_ours(table, _target(r), layout)}
     return Saved(objects, set(chains), borrowed)
 
 
-def _ours(table: str, name: str, rules: list[str]) -> Iterator[IptablesObject]:
-    if name in DISPATCH.get(table, ()):
+def _ours(table: str, name: str, rules: list[str], layout: Layout) -> Iterator[IptablesObject]:
+    if name in layout.dispatch.get(table, ()):
         claims = [(_claim(rule), rule) for rule in rules]
         yield DispatchChain(table, name, tuple(rule for claim, rule in claims if not claim))
         seen: dict[str, int] = defaultdict(int)
@@ -144,16 +145,16 @@ def _ours(table: str, name: str, rules: list[str]) -> Iterator[IptablesObject]:
                 # A second rule for the same traffic is never planned, so it counts as stale under a key of its own.
                 unique = claim if seen[claim] == 1 else f"{claim} #{seen[claim]}"
                 yield DispatchRule(table, name, unique, rule)
-    elif _is_ours(table, name):
+    elif _is_ours(table, name, layout):
         yield Chain(table, name, tuple(rules))
     elif name in BUILT_IN and table in TABLES:
-        jumps = tuple(r for r in rules if _target(r) in FIXED[table] | DISPATCH[table])
+        jumps = tuple(r for r in rules if _target(r) in layout.fixed[table] | layout.dispatch[table])
         if jumps:
             yield Hooks(table, name, jumps)
 
 
-def _is_ours(table: str, name: str) -> bool:
-    named = FIXED.get(table, set()) | DISPATCH.get(table, set())
+def _is_ours(table: str, name: str, layout: Layout) -> bool:
+    named = layout.fixed.get(table, set()) | layout.dispatch.get(table, set())
     return name in named or (table == "nat" and bool(_PER_SERVICE.match(name)))
 
 
@@ -163,6 +164,9 @@ def _target(rule: str) -> str:
 
 def _claim(rule: str) -> str:
     """Which traffic a rule of a dispatch chain takes, as DispatchRule.claim; "" when it is not one service's."""
+    ipvs = re.search(r" -m ipvs --vproto (\d+) --vaddr (\S+) --vport (\d+) ", rule)
+    if ipvs:
+        return f"{ipvs[2]} {_PROTOCOLS.get(ipvs[1], ipvs[1])} {ipvs[3]}"
     port = re.search(r" --dport (\d+)", rule)
     proto = re.search(r"(?:^| )-p (\w+)", rule)
     if not port or not proto:
