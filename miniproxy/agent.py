@@ -7,16 +7,18 @@ for each IP family on its own: a family the kernel does not take never holds up 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from .config import Settings
-from .flows import Flow, Flows, Stale
+from .flows import Flows, Stale
 from .log import fields
-from .model import Batch, Family, Node, PortKey, Problem, Ref, ServicePort, ServicePortName
+from .model import Batch, Family, Node, PortKey, Problem, ProblemKind, Ref, ServicePort, ServicePortName
+from .observer import Conntrack, Observer, Synced
 from .policy import Serving, categorize
 from .problems import News, Problems
-from .reconciler import Reconciler, Result
+from .reconciler import Reconciler
 from .tracker import Tracker
 from .transaction import Backend, TransactionError
 
@@ -37,22 +39,6 @@ class Planner(Protocol):
         ...
 
 
-class Synced(NamedTuple):
-    """One family's part of a sync."""
-
-    family: Family
-    result: Result | None  # None: failed, and `error` says why
-    error: str = ""
-
-
-class Conntrack(Protocol):
-    """What the agent needs of kernel/conntrack.py."""
-
-    def flows(self, family: Family) -> Iterable[Flow]: ...
-
-    def forget(self, stale: Iterable[Stale]) -> int: ...
-
-
 class Agent:
     """Everything between a source and the kernel, for one node. Single-threaded; does nothing by itself."""
 
@@ -65,6 +51,8 @@ class Agent:
         local_addresses: Callable[[Family], Sequence[str]] = lambda family: (),
         conntrack: Conntrack | None = None,
         announce: Callable[[News], None] | None = None,
+        observer: Observer | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
         self.planner = planner
@@ -77,13 +65,16 @@ class Agent:
         self._stale: dict[Family, list[Stale]] = {}  # flows to forget once the rules no longer make them
         self._fresh = set(backends)  # families whose flows of before this agent have not been looked at
         self._announce = announce or log_news
+        self._observer = observer or Observer()
+        self._clock = clock
         self._planned_for: Node | None = None
         self._suspect: set[Family] = set(backends)  # whose kernel state has to be read before it is written
+        self._compared: set[Family] = set()  # whose kernel state has been read since the last sync
 
     def handle(self, batch: Batch) -> None:
         """Fold in what a source hands over; nothing reaches the kernel before sync."""
         self.tracker.apply(batch)
-        self._announce(self.problems.of_batch(batch))
+        self._tell(self.problems.of_batch(batch))
 
     def replan(self) -> None:
         """Bring what should be up to date with what is known: work in proportion to what changed."""
@@ -112,6 +103,7 @@ class Agent:
             try:
                 before = reconciler.pending()
                 drift[family] = reconciler.adopt() - before
+                self._compared.add(family)
             except TransactionError as error:
                 self._suspect.add(family)
                 log.warning("cannot read the kernel: %s", error, extra=fields(family=family))
@@ -127,27 +119,32 @@ class Agent:
             reconciler.set(name, ())
             self._state(family, name, ())
             self._note_flows(key, None, ())
+            self._observer.planned(key, None, Serving())
             return
         serving = categorize(port, self.tracker.endpoints(key), self.tracker.node)
         self._note_flows(key, port, (e.ip for e in serving.reachable))
+        self._observer.planned(key, port, serving)
         reconciler.set(name, self.planner.plan(port, serving, self.settings, self.tracker.node))
         # The ports of one Service share its health check port; that is no conflict.
         conflicts = [(k, w) for k, w in reconciler.conflicts(name) if w is None or w[:2] != name[:2]]
-        self._state(family, name, [f"{_traffic(k)} belongs to {winner}" for k, winner in conflicts])
+        self._state(family, name, [f"{_traffic(k)} belongs to {winner}" for k, winner in conflicts], "Conflict")
 
     def _sync(self, family: Family, reconciler: Reconciler) -> Synced:
+        start = self._clock()
+        full = family in self._suspect | self._compared
+        self._compared.discard(family)
         try:
             if family in self._suspect:
                 reconciler.adopt()
             result = reconciler.sync(bisect=family in self._suspect)
         except TransactionError as error:
             self._suspect.add(family)
-            return Synced(family, None, str(error))
+            return Synced(family, None, str(error), self._clock() - start, full)
         self._suspect.discard(family)
         for name, reason in result.set_aside:
-            self._state(family, name, [f"set aside, its old state keeps serving: {reason}"])
+            self._state(family, name, [f"set aside, its old state keeps serving: {reason}"], "SetAside")
         self._forget_flows(family)
-        return Synced(family, result)
+        return Synced(family, result, "", self._clock() - start, full)
 
     def _note_flows(self, key: PortKey, port: ServicePort | None, endpoints: Iterable[str]) -> None:
         stale = self._flows.change(key, port, endpoints)
@@ -170,11 +167,17 @@ class Agent:
             self._stale.setdefault(family, []).extend(stale)
             log.warning("cannot look after conntrack: %s", error, extra=fields(family=family))
 
-    def _state(self, family: Family, name: ServicePortName, reasons: Iterable[str]) -> None:
+    def _state(
+        self, family: Family, name: ServicePortName, reasons: Iterable[str], what: ProblemKind = "Refused"
+    ) -> None:
         ref = Ref("Service", name.namespace, name.name)
         finder = f"{family} {name.port}/{name.protocol}"
         field = f"port {name.port or name.protocol} ({family})"
-        self._announce(self.problems.state(finder, ref, [Problem(ref, field, reason) for reason in reasons]))
+        self._tell(self.problems.state(finder, ref, [Problem(ref, field, reason, what=what) for reason in reasons]))
+
+    def _tell(self, news: News) -> None:
+        self._announce(news)
+        self._observer.noticed(news)
 
 
 def _traffic(key: Any) -> str:

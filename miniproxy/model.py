@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 import msgspec
 
 Protocol = Literal["TCP", "UDP", "SCTP"]
-Kind = Literal["Service", "EndpointSlice", "Node", "File"]
+Kind = Literal["Service", "EndpointSlice", "Node", "File", "API"]
+ProblemKind = Literal["Refused", "Conflict", "SetAside", "FailedToStartServiceHealthcheck"]
 
 
 class Family(IntEnum):
@@ -48,7 +49,7 @@ PortKey = tuple[ServicePortName, Family]
 
 
 class Ref(NamedTuple):
-    """Which object of a source: (kind, namespace, name). A "File" has its path as name."""
+    """Which object of a source: (kind, namespace, name). A "File" has its path as name, an "API" the resource's."""
 
     kind: Kind
     namespace: str
@@ -65,6 +66,7 @@ class Problem(NamedTuple):
     field: str  # path as in the manifest, "spec.ports[1].nodePort"; "" when it is the whole object
     reason: str  # what is wrong and what would be right
     origin: str = ""  # "FILE:LINE" where the source has such a thing
+    what: ProblemKind = "Refused"  # for those who count or filter: the reason of a Kubernetes Event
 
     def __str__(self) -> str:
         where = f" ({self.origin})" if self.origin else ""
@@ -175,6 +177,7 @@ class Node(msgspec.Struct, frozen=True):
     pod_cidrs: tuple[str, ...] = ()
     deleting: bool = False  # has a deletionTimestamp
     excluded_by_autoscaler: bool = False  # taint ToBeDeletedByClusterAutoscaler
+    local: tuple[str, ...] = ()  # all addresses of its links but kube-ipvs0: what its kernel says, not the API
 
     @property
     def ref(self) -> Ref:

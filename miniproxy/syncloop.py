@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from .agent import Agent, Synced
+from .agent import Agent
 from .log import fields
 from .model import Batch
+from .observer import Observer
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +60,14 @@ class SyncLoop:
         self,
         agent: Agent,
         *,
-        on_synced: Callable[[list[Synced], float], None] = lambda results, seconds: None,
+        observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.agent = agent
         self.inbox: queue.SimpleQueue[Batch | Command] = queue.SimpleQueue()
-        self._on_synced = on_synced
+        self._observer = observer or Observer()
         self._clock = clock
+        self._taken = 0  # batches folded in
         now = clock()
         self._pacer = Pacer(agent.settings.min_sync_period, now)
         self._check_at = now + agent.settings.sync_period
@@ -75,6 +77,7 @@ class SyncLoop:
 
     def deliver(self, batch: Batch) -> None:
         """For sources, from any thread."""
+        self._observer.delivered(batch)
         self.inbox.put(batch)
 
     def run(self) -> Command:
@@ -105,6 +108,7 @@ class SyncLoop:
                     return item
                 self.agent.handle(item)
                 self._dirty = True
+                self._taken += 1
                 item = self.inbox.get_nowait()
         except queue.Empty:
             return None
@@ -132,12 +136,13 @@ class SyncLoop:
         else:
             self._failures = 0
             self._retry_at = None
-        self._on_synced(results, took)
+        self._observer.synced(results, self.agent.tracker.take_triggers(), took, self._taken)
 
     def _check(self, now: float) -> None:
         self._check_at = now + self.agent.settings.sync_period
         for family, count in self.agent.check().items():
             if count > 0:
+                self._observer.drifted(family, count)
                 log.warning(
                     "found %d objects changed by somebody else, repairing",
                     count,

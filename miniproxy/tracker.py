@@ -39,7 +39,7 @@ class Tracker:
         self._slices: dict[Ref, EndpointSlice] = {}
         self._slices_of: dict[ServiceKey, dict[str, EndpointSlice]] = {}
         self._changed: set[PortKey] = set()
-        self._triggered: dict[ServiceKey, list[float]] = {}
+        self._triggered: list[tuple[Family, float]] = []
 
     def apply(self, batch: Batch) -> None:
         """Fold in one batch; an object equal to the one known changes nothing."""
@@ -81,10 +81,9 @@ class Tracker:
                 found[endpoint.ip, endpoint.port] = endpoint
         return list(found.values())
 
-    def take_triggers(self) -> list[float]:
+    def take_triggers(self) -> list[tuple[Family, float]]:
         """When (Unix seconds) the changes came about that the slices seen since the last call carry."""
-        times = [t for times in self._triggered.values() for t in times]
-        self._triggered.clear()
+        times, self._triggered = self._triggered, []
         return times
 
     def _listed(self, name: ServicePortName, family: Family) -> Iterator[Endpoint]:
@@ -148,7 +147,7 @@ class Tracker:
         if new is not None and new.service:
             self._slices_of.setdefault((new.namespace, new.service), {})[new.name] = new
             if new.triggered:
-                self._triggered.setdefault((new.namespace, new.service), []).append(new.triggered)
+                self._triggered.append((new.family, new.triggered))
         self._touch_slices(old, new)
 
     def _unlink(self, old: EndpointSlice) -> None:

@@ -23,13 +23,15 @@ log = logs.get("run")
 def command(ctx: click.Context, loaded: Loaded) -> None:
     """Program this node's kernel, and keep it up to date, until told to stop.
 
-    It reads Services, EndpointSlices and its own Node from a folder of manifests (--source), adopts what is right
-    in the kernel already, and from then on writes what changes. On SIGTERM it ends and leaves all rules in place,
+    It reads Services, EndpointSlices and its own Node from the API server (--kubeconfig; in a pod, its service
+    account) or from a folder of manifests (--source), adopts what is right in the kernel already, and from then on
+    writes what changes. On SIGTERM it ends and leaves all rules in place,
     so that connections go on while it is restarted or replaced; `miniproxy cleanup` removes them. On SIGHUP it
     reads its configuration again.
 
     \b
     Examples:
+      miniproxy run --kubeconfig /var/lib/kube-proxy/kubeconfig.conf --hostname-override node1
       miniproxy run --source /etc/miniproxy/manifests --hostname-override node1
       miniproxy run --config /var/lib/kube-proxy/config.conf --source ./manifests
     """
@@ -41,47 +43,39 @@ def command(ctx: click.Context, loaded: Loaded) -> None:
 
 def _serve(loaded: Loaded) -> str:
     """Run with one configuration until a signal ends it; says which: "stop" or "reload"."""
-    from ..agent import Agent, Synced
+    from .. import sources
+    from ..agent import Agent
     from ..backends import choose
     from ..kernel import conntrack
     from ..kernel.links import local_addresses
     from ..kernel.sysctl import forwarding_problem
-    from ..sources.manifests import ManifestSource
+    from ..report import SyncLog
     from ..syncloop import SyncLoop
 
     settings = loaded.settings
-    if not settings.source:
-        raise Failure("say where the objects come from: --source FOLDER", code=2)
+    try:
+        source = sources.choose(settings)
+    except ValueError as error:
+        raise Failure(str(error), code=2) from None
     try:
         dataplane = choose(settings)
     except ValueError as error:
         raise Failure(str(error)) from None
     dataplane.prepare()
+    observer = SyncLog()
     agent = Agent(
         settings,
         dataplane.planner,
         dataplane.backends,
         local_addresses=local_addresses,
         conntrack=conntrack,
+        observer=observer,
     )
     for problem in filter(None, map(forwarding_problem, agent.reconcilers)):
         log.warning("%s", problem)
 
-    def report(results: list[Synced], seconds: float) -> None:
-        for family, result, _ in results:
-            if result and result.transactions:
-                said = fields(
-                    family=family,
-                    operations=result.operations,
-                    transactions=len(result.transactions),
-                    services=agent.tracker.service_count(),
-                    seconds=round(seconds, 4),
-                )
-                log.info("synced", extra=said)
-
-    loop = SyncLoop(agent, on_synced=report)
+    loop = SyncLoop(agent, observer=observer)
     stop = threading.Event()
-    source = ManifestSource(settings.source)
     thread = threading.Thread(target=source.run, args=(loop.deliver, stop), name="source", daemon=True)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -90,7 +84,7 @@ def _serve(loaded: Loaded) -> str:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, on_signal)
     thread.start()
-    log.info("started", extra=fields(mode=settings.mode, node=settings.node_name, source=settings.source))
+    log.info("started", extra=fields(mode=settings.mode, node=settings.node_name, source=str(source)))
     try:
         return loop.run()
     finally:
