@@ -53,15 +53,17 @@ def command(loaded: Loaded, family: str, diff: bool, as_json: bool) -> None:
 
 def planned(loaded: Loaded, families: list[Family]) -> tuple[Agent, list[Problem]]:
     """An agent that knows what the source holds and has planned it, and has written nothing."""
+    from .. import sources
     from ..agent import Agent
     from ..backends import choose
     from ..kernel.links import local_addresses
     from ..problems import News
-    from ..sources.manifests import ManifestSource
 
     settings = loaded.settings
-    if not settings.source:
-        raise Failure("say where the objects come from: --source FOLDER", code=2)
+    try:
+        source = sources.choose(settings)
+    except ValueError as error:
+        raise Failure(str(error), code=2) from None
     try:
         dataplane = choose(settings)
     except ValueError as error:
@@ -84,8 +86,10 @@ def planned(loaded: Loaded, families: list[Family]) -> tuple[Agent, list[Problem
         agent.handle(batch)
         if batch.synced:
             stop.set()
+        elif unreadable := [problem for problem in batch.problems if problem.ref.kind == "API"]:
+            raise Failure(unreadable[0].reason)
 
-    ManifestSource(settings.source).run(once, stop)
+    source.run(once, stop)
     agent.replan()
     return agent, problems
 

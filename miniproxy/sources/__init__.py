@@ -6,10 +6,12 @@ policies. wire.py does the checking for all of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from threading import Event
 from typing import Protocol
 
+from ..config import Settings
 from ..model import Batch
 
 Deliver = Callable[[Batch], None]
@@ -25,3 +27,22 @@ class Source(Protocol):
         for gone. Trouble with the source itself is a Problem, never an exception.
         """
         ...
+
+
+def choose(settings: Settings) -> Source:
+    """The source that the settings name: a folder of manifests, or an API server.
+
+    Raises ValueError when they name none and this is not a pod.
+    """
+    if settings.source:
+        from .manifests import ManifestSource
+
+        return ManifestSource(settings.source)
+    if not (settings.kubeconfig or settings.master or os.environ.get("KUBERNETES_SERVICE_HOST")):
+        raise ValueError(
+            "say where the objects come from: --kubeconfig FILE, or --source FOLDER (in a pod, neither is needed)"
+        )
+    from .apiserver import ApiServer
+    from .kube import KubeSource
+
+    return KubeSource(ApiServer(settings.kubeconfig, settings.master), settings.node_name)

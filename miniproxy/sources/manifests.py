@@ -48,6 +48,9 @@ class ManifestSource:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = os.path.normpath(os.fspath(folder))
 
+    def __str__(self) -> str:
+        return self.folder
+
     def run(self, deliver: Deliver, stop: Event) -> None:
         """Block until `stop` is set. The first Batch with synced=True comes when the folder has been read."""
         files = _Files(self.folder)
