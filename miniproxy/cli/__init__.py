@@ -15,6 +15,7 @@ from .. import __version__
 COMMANDS = {
     "run": ("miniproxy.cli.run:command", "Program this node from a folder of manifests or an API server."),
     "plan": ("miniproxy.cli.plan:command", "Print what would be programmed; needs no root."),
+    "explain": ("miniproxy.cli.explain:command", "Why does a Service (not) work? Walks a packet through it."),
     "cleanup": (
         "miniproxy.cli.cleanup:command",
         "Remove from the kernel what miniproxy programmed, nothing else.",

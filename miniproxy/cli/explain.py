@@ -1,0 +1,206 @@
+"""miniproxy explain: why does my Service (not) work?"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..config import Loaded
+from .errors import Failure
+from .options import SettingsCommand, settings_options
+
+if TYPE_CHECKING:
+    from ..agent import Agent
+    from ..explain import Candidate, Place
+    from ..model import Problem
+    from ..trace import Outcome
+
+
+@click.command(cls=SettingsCommand)
+@click.argument("target")
+@click.option("--from", "origin", default="node", metavar="node|IP", help="Who connects: this node, or an address.")
+@click.option("--interface", default="", help="Interface the packet comes in by; default: eth0 for an address.")
+@click.option("--all-rules", is_flag=True, help="Every rule on the way, not only the verdict.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@settings_options
+def command(loaded: Loaded, target: str, origin: str, interface: str, all_rules: bool, as_json: bool) -> None:
+    """Explain where a connection to TARGET would end, and why. Needs no root, sends no packet.
+
+    TARGET is a Service (NAMESPACE/NAME, then every address it answers on is explained) or ADDRESS:PORT.
+
+    It tells which Service that is, what is wrong with it, which of its endpoints serve on this node and why the
+    others do not, and how the first packet passes the rules: to which endpoints, with whose source address, refused or dropped.
+
+    \b
+    Examples:
+      miniproxy explain default/web --source manifests/ --hostname-override node1
+      miniproxy explain 10.96.0.10:80 --from 10.244.1.7 --all-rules
+      miniproxy explain 172.30.0.2:30080 --from 203.0.113.7
+      miniproxy explain [fd00:96::10]:80 --json
+    """
+    from ..model import Family
+    from .plan import planned
+
+    agent, problems = planned(loaded, list(Family))
+    found = _places(agent, target)
+    results = [_explain(agent, place, origin, interface) for place in found]
+    about = [p for p in problems if any(_concerns(p, place) for place in found)]
+    if as_json:
+        click.echo(
+            json.dumps({"problems": [str(p) for p in about], "connections": list(map(_plain, results))}, indent=2)
+        )
+    else:
+        _print(agent, about, results, all_rules)
+
+
+def _concerns(problem: Problem, place: Place) -> bool:
+    namespace, service = place.port.name[:2]
+    named = problem.ref.name == service or (
+        problem.ref.kind == "EndpointSlice" and problem.ref.name.startswith(f"{service}-")
+    )
+    return problem.ref.namespace == namespace and named
+
+
+def _places(agent: Agent, target: str) -> list[Place]:
+    from ..explain import places
+    from ..sources.checks import address
+
+    if "/" in target:
+        found = places(agent.tracker, service=target)
+        if not found:
+            raise Failure(
+                f"no Service {target} with a cluster IP is known",
+                "headless and ExternalName Services, and those of another proxy, are not a service proxy's business",
+            )
+        return found
+    host, _, number = target.rpartition(":")
+    if not number.isdigit() or not host:
+        raise Failure(f"{target}: write NAMESPACE/NAME, ADDRESS:PORT or [ADDRESS]:PORT", code=2)
+    ip = address(host.strip("[]"))
+    found = places(agent.tracker, address=ip, number=int(number)) if ip else []
+    if not found:
+        elsewhere = places(agent.tracker, address=ip) if ip else []
+        ports = ", ".join(sorted({f"{p.number}/{p.port.name.protocol}" for p in elsewhere}))
+        owner = f"; {'/'.join(elsewhere[0].port.name[:2])} answers there, on {ports}" if elsewhere else ""
+        raise Failure(f"no Service known here answers on {target}{owner}")
+    return found
+
+
+class _Result:
+    """One place, explained."""
+
+    def __init__(self, place: Place, candidates: list[Candidate], outcome: Outcome, origin: str) -> None:
+        self.place = place
+        self.candidates = candidates
+        self.outcome = outcome
+        self.origin = origin
+
+
+def _explain(agent: Agent, place: Place, origin: str, interface: str) -> _Result:
+    from .. import explain, trace
+    from ..kernel.links import local_addresses
+
+    family = place.port.family
+    local = local_addresses(family)
+    if origin == "node":
+        source, interface = agent.tracker.node.ip(family) or place.address, ""
+    else:
+        source, interface = origin, interface or "eth0"
+    keys = [(port.name, port.family) for port in agent.tracker.ports()]
+    try:
+        outcome = explain.walk(agent.tracker, agent.settings, keys, explain.packet(place, source, interface), local)
+    except (trace.TraceError, ValueError) as error:
+        raise Failure(f"{place.address}:{place.number} from {origin}: {error}") from None
+    candidates = explain.candidates(agent.tracker, (place.port.name, family))
+    return _Result(place, candidates, outcome, origin)
+
+
+def _sentence(result: _Result) -> str:
+    """The verdict in words."""
+    outcome = result.outcome
+    verdicts = {str(v): share for v, share in outcome.verdicts.items()}
+    if "endpoint" in verdicts:
+        seen = {True: "an address of this node (SNAT)", False: "the client's own address"}
+        sees = " or ".join(seen[m] for m in sorted(outcome.masqueraded))
+        shares = ", ".join(f"{e} {share:.0%}" for e, share in outcome.endpoints.items())
+        return f"reaches {shares}; it sees {sees}"
+    if "refused" in verdicts:
+        return "refused: nobody serves this port anywhere"
+    if "dropped" in verdicts:
+        return "dropped in silence: see the rule below"
+    return "is no Service's traffic from there: it goes on as it is"
+
+
+def _plain(result: _Result) -> dict[str, Any]:
+    place, outcome = result.place, result.outcome
+    return {
+        "service": str(place.port.name),
+        "kind": place.kind,
+        "address": place.address,
+        "port": place.number,
+        "protocol": place.port.name.protocol,
+        "from": result.origin,
+        "verdicts": {str(v): share for v, share in outcome.verdicts.items()},
+        "reaches": {str(e): share for e, share in outcome.endpoints.items()},
+        "masqueraded": sorted(outcome.masqueraded),
+        "endpoints": [
+            {
+                "address": str(c.endpoint),
+                "node": c.endpoint.node,
+                "cluster": c.cluster,
+                "local": c.local,
+                "whyNot": c.why_not,
+            }
+            for c in result.candidates
+        ],
+        "ways": [[{"place": s.place, "rule": s.rule, "why": s.why} for s in b.steps] for b in outcome.branches],
+    }
+
+
+def _print(agent: Agent, problems: list[Problem], results: list[_Result], all_rules: bool) -> None:
+    node = agent.tracker.node
+    click.echo(f"on node {node.name or '?'}, zone {node.zone or 'unknown'}")
+    if not node.ips:
+        click.secho(f"! no Node object named {node.name!r} is known: say --hostname-override", fg="yellow")
+    for problem in problems:
+        click.secho(f"! {problem}", fg="yellow")
+    shown: set[object] = set()
+    for result in results:
+        key = (result.place.port.name, result.place.port.family)
+        if key not in shown:
+            shown.add(key)
+            _print_port(result)
+        _print_way(result, all_rules)
+
+
+def _print_port(result: _Result) -> None:
+    port = result.place.port
+    internal = "Local" if port.internal_local else "Cluster"
+    external = "Local" if port.external_local else "Cluster"
+    affinity = f", affinity for {port.affinity_seconds} s" if port.affinity_seconds else ""
+    click.secho(f"\n{port.name} {port.name.protocol} {port.family}", bold=True)
+    click.echo(f"  traffic policy: internal {internal}, external {external}{affinity}")
+    if not result.candidates:
+        click.echo("  no endpoints: no EndpointSlice of this Service has any for this port and family")
+    for c in result.candidates:
+        roles = [name for name, yes in (("Cluster", c.cluster), ("Local", c.local)) if yes]
+        where = f"on {c.endpoint.node}" if c.endpoint.node else "on no node"
+        state = f"serves {' and '.join(roles)} traffic" if roles else f"serves nothing here: {c.why_not}"
+        click.echo(f"  {'✔' if roles else '✘'} {c.endpoint} {where} {state}")
+
+
+def _print_way(result: _Result, all_rules: bool) -> None:
+    place = result.place
+    address = f"[{place.address}]" if ":" in place.address else place.address
+    click.echo(
+        f"  {place.kind} {address or '(no address of the node is known)'}:{place.number} from {result.origin}: ",
+        nl=False,
+    )
+    click.secho(_sentence(result), bold=True)
+    reached = bool(result.outcome.endpoints)
+    for branch in result.outcome.branches if all_rules else result.outcome.branches[: 0 if reached else 1]:
+        steps = branch.steps if all_rules else branch.steps[-1:]
+        for step in steps:
+            click.echo(f"      {step.place}: {step.rule}" + (f"   [{step.why}]" if step.why else ""))

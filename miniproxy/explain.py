@@ -1,0 +1,109 @@
+"""Why a connection to a Service ends where it does: what is known about it, and the way its first packet goes. Pure.
+
+It walks the rules that iptables mode plans. The other modes hold the same in other words, so what is explained here
+holds for them too; whether a kernel holds what is planned is for `miniproxy plan --diff` to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from . import trace
+from .config import Settings
+from .model import Endpoint, Family, Node, PortKey, Protocol, ServicePort
+from .planner import iptables
+from .policy import Serving, categorize
+from .tracker import Tracker
+
+
+class Place(NamedTuple):
+    """One address a service port answers on."""
+
+    port: ServicePort
+    kind: str  # "cluster IP", "external IP", "load balancer IP", "NodePort"
+    address: str
+    number: int
+
+
+class Candidate(NamedTuple):
+    """An endpoint, and what becomes of it on this node."""
+
+    endpoint: Endpoint
+    cluster: bool  # serves traffic under policy Cluster
+    local: bool  # serves traffic under policy Local
+    why_not: str  # "" for one that serves
+
+
+def places(tracker: Tracker, *, service: str = "", address: str = "", number: int = 0) -> list[Place]:
+    """Where service ports answer, as far as these agree: `service` is "NAMESPACE/NAME"; "" and 0 agree with all.
+
+    Looks at all services.
+    """
+    found = [place for port in tracker.ports() for place in _of_port(port, tracker.node)]
+    return [
+        p
+        for p in found
+        if service in ("", f"{p.port.name.namespace}/{p.port.name.name}")
+        and address in ("", p.address)
+        and number in (0, p.number)
+    ]
+
+
+def _of_port(port: ServicePort, node: Node) -> Iterable[Place]:
+    yield Place(port, "cluster IP", port.cluster_ip, port.port)
+    for ip in port.external_ips:
+        yield Place(port, "external IP", ip, port.port)
+    for ip in port.load_balancer_ips:
+        yield Place(port, "load balancer IP", ip, port.port)
+    if port.node_port:
+        yield Place(port, "NodePort", node.ip(port.family), port.node_port)
+
+
+def candidates(tracker: Tracker, key: PortKey) -> list[Candidate]:
+    """All endpoints of a service port: which serve, and why the others do not."""
+    port = tracker.port(key)
+    if port is None:
+        return []
+    endpoints = sorted(tracker.endpoints(key), key=str)
+    serving = categorize(port, endpoints, tracker.node)
+    return [
+        Candidate(e, e in serving.cluster, e in serving.local, _why_not(e, serving, tracker.node)) for e in endpoints
+    ]
+
+
+def _why_not(endpoint: Endpoint, serving: Serving, node: Node) -> str:
+    if endpoint in serving.reachable:
+        return ""
+    if endpoint.terminating:
+        return "is terminating" + (", and others are ready" if endpoint.serving else " and no longer serves")
+    if not endpoint.ready:
+        return "is not ready"
+    if serving.cluster:
+        hints = endpoint.node_hints or endpoint.zone_hints
+        return f"topology hints keep its traffic in {' '.join(hints)}, this node is {node.name} in zone {node.zone}"
+    return f"is on node {endpoint.node or '?'}, and the traffic policy is Local"
+
+
+def walk(
+    tracker: Tracker, settings: Settings, keys: Iterable[PortKey], packet: trace.Packet, local: Sequence[str] = ()
+) -> trace.Outcome:
+    """What the planned rules of these service ports do with a packet that opens a connection.
+
+    `local` are the node's addresses besides those of the Node object. Raises trace.TraceError.
+    """
+    family = packet.family
+    mine = {*local, *tracker.node.ips, "127.0.0.1", "::1"}
+    objects = list(iptables.frame(settings, tracker.node, family, sorted(mine)))
+    for key in keys:
+        port = tracker.port(key)
+        if port and port.family is family:
+            serving = categorize(port, tracker.endpoints(key), tracker.node)
+            objects += iptables.plan(port, serving, settings, tracker.node)
+    rules = trace.parse(iptables.show({o.key: o for o in objects}.values()))
+    return trace.trace(rules, packet, sorted(a for a in mine if Family.of(a) is family))
+
+
+def packet(place: Place, source: str, interface: str) -> trace.Packet:
+    protocol: Protocol = place.port.name.protocol
+    return trace.Packet(source, place.address, protocol, place.number, interface)

@@ -1,0 +1,94 @@
+"""`miniproxy explain` on the golden objects: what it says is what really happened (golden/behaviour.tsv)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from miniproxy.cli.explain import command
+from tests.golden_rules import GOLDEN
+
+SOURCES = {"pod": "10.128.1.10", "outside": "203.0.113.7", "outside2": "198.51.100.7", "node": "node"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("manifests")
+    for name in ("services.json", "endpointslices.json", "node.json"):
+        shutil.copy(GOLDEN / name, folder / name)
+    return folder
+
+
+def explain(folder: Path, *arguments: str) -> Any:
+    where = ["--source", str(folder), "--config", str(GOLDEN / "config.yaml")]
+    return CliRunner().invoke(command, [*arguments, *where])
+
+
+def rows(*services: str) -> Iterator[tuple[str, str, str]]:
+    """(side, ADDRESS:PORT, outcome) of the IPv4 rows of these services."""
+    for line in (GOLDEN / "behaviour.tsv").read_text().splitlines()[1:]:
+        side, service, _, _, address, outcome = line.split("\t")
+        if service.split(":")[0] in services and not address.startswith("fd"):
+            yield side, address, outcome
+
+
+@pytest.mark.parametrize(
+    ("side", "address", "outcome"),
+    list(rows("feat/itplbl", "feat/lbsrc", "feat/noep", "feat/nplocal0", "feat/termmix")),
+)
+def test_says_what_happens(folder: Path, side: str, address: str, outcome: str) -> None:
+    done = explain(folder, address, "--from", SOURCES[side], "--json")
+    assert done.exit_code == 0, done.output
+    (connection,) = json.loads(done.output)["connections"]
+    if outcome.startswith("to "):
+        reached, source = outcome.removeprefix("to ").split(" from ")
+        assert set(connection["reaches"]) == set(reached.split())
+        assert connection["masqueraded"] == [source == "10.128.9.1"]
+    else:
+        assert list(connection["verdicts"]) == [{"refused": "refused", "silent": "dropped"}[outcome]]
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("feat/hint", "10.180.13.2:8080 on n2 serves nothing here: topology hints keep its traffic in z2"),
+        ("feat/notready", "10.180.17.1:8080 on n1 serves nothing here: is not ready"),
+        ("feat/itp", "10.180.11.2:8080 on n2 serves nothing here: is on node n2, and the traffic policy is Local"),
+        ("feat/noep", "refused: nobody serves this port anywhere"),
+        ("feat/itp0", "has no local endpoints"),
+        ("feat/aff", "affinity for 10800 s"),
+    ],
+)
+def test_says_why(folder: Path, target: str, said: str) -> None:
+    assert said in explain(folder, target).output
+
+
+@pytest.mark.parametrize(
+    ("target", "said", "code"),
+    [
+        ("feat/nosuch", "no Service feat/nosuch", 1),
+        ("feat/headless", "headless", 1),
+        ("10.97.0.3:81", "feat/np answers there, on 53/UDP, 80/TCP, 99/SCTP", 1),
+        ("nonsense", "write NAMESPACE/NAME, ADDRESS:PORT", 2),
+    ],
+)
+def test_says_what_it_cannot_explain(folder: Path, target: str, said: str, code: int) -> None:
+    done = explain(folder, target)
+    assert (done.exit_code, said in done.output) == (code, True), done.output
+
+
+def test_names_the_problems_of_the_service(folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "manifests"
+    shutil.copytree(folder, mine)
+    services = json.loads((mine / "services.json").read_text())
+    (cip,) = (s for s in services["items"] if s["metadata"]["name"] == "cip" and s["metadata"]["namespace"] == "feat")
+    cip["spec"]["externalIPs"] = ["1.2.3.400"]
+    (mine / "services.json").write_text(json.dumps(services))
+    assert "spec.externalIPs[0]" in explain(mine, "feat/cip").output
+    assert "spec.externalIPs[0]" not in explain(mine, "feat/np").output
