@@ -31,7 +31,8 @@ def command(loaded: Loaded, target: str, origin: str, interface: str, all_rules:
     TARGET is a Service (NAMESPACE/NAME, then every address it answers on is explained) or ADDRESS:PORT.
 
     It tells which Service that is, what is wrong with it, which of its endpoints serve on this node and why the
-    others do not, and how the first packet passes the rules: to which endpoints, with whose source address, refused or dropped.
+    others do not, and how the first packet passes the rules: to which endpoints, with whose source address, refused
+    or dropped.
 
     \b
     Examples:
