@@ -18,9 +18,10 @@ log = logs.get("run")
 
 
 @click.command(cls=SettingsCommand)
+@click.option("--init-only", is_flag=True, help="Do what takes full root rights (modules, kernel settings), and end.")
 @settings_options
 @click.pass_context
-def command(ctx: click.Context, loaded: Loaded) -> None:
+def command(ctx: click.Context, loaded: Loaded, init_only: bool) -> None:
     """Program this node's kernel, and keep it up to date, until told to stop.
 
     It reads Services, EndpointSlices and its own Node from the API server (--kubeconfig; in a pod, its service
@@ -34,11 +35,31 @@ def command(ctx: click.Context, loaded: Loaded) -> None:
       miniproxy run --kubeconfig /var/lib/kube-proxy/kubeconfig.conf --hostname-override node1
       miniproxy run --source /etc/miniproxy/manifests --hostname-override node1
       miniproxy run --config /var/lib/kube-proxy/config.conf --source ./manifests
+      miniproxy run --config config.conf --init-only            then run the agent with NET_ADMIN and no more
     """
     announce(loaded)
+    if init_only:
+        _initialize(loaded)
+        return
     while _serve(loaded) == "reload":
         loaded = _reload(ctx, loaded)
     log.info("stopped; the rules stay and keep serving")
+
+
+def _initialize(loaded: Loaded) -> None:
+    """Prepare the kernel for an agent that, from then on, needs NET_ADMIN only."""
+    from ..backends import choose
+    from ..kernel import host
+    from ..transaction import TransactionError
+
+    settings = loaded.settings
+    try:
+        host.load_modules(host.modules(settings))
+        choose(settings).prepare()
+        host.prepare_conntrack(settings)
+    except (ValueError, TransactionError) as error:
+        raise Failure(str(error)) from None
+    log.info("the kernel is prepared", extra=fields(mode=settings.mode))
 
 
 def _serve(loaded: Loaded) -> str:
@@ -49,7 +70,7 @@ def _serve(loaded: Loaded) -> str:
     from ..kernel import conntrack
     from ..kernel.links import local_addresses
     from ..kernel.sysctl import forwarding_problem
-    from ..report import SyncLog
+    from ..monitoring import Monitoring
     from ..syncloop import SyncLoop
 
     settings = loaded.settings
@@ -62,19 +83,19 @@ def _serve(loaded: Loaded) -> str:
     except ValueError as error:
         raise Failure(str(error)) from None
     dataplane.prepare()
-    observer = SyncLog()
+    monitoring = Monitoring(settings, list(dataplane.backends), source, local_addresses)
     agent = Agent(
         settings,
         dataplane.planner,
-        dataplane.backends,
+        monitoring.backends(dataplane.backends),
         local_addresses=local_addresses,
-        conntrack=conntrack,
-        observer=observer,
+        conntrack=monitoring.conntrack(conntrack),
+        observer=monitoring.observer,
     )
     for problem in filter(None, map(forwarding_problem, agent.reconcilers)):
         log.warning("%s", problem)
 
-    loop = SyncLoop(agent, observer=observer)
+    loop = SyncLoop(agent, observer=monitoring.observer)
     stop = threading.Event()
     thread = threading.Thread(target=source.run, args=(loop.deliver, stop), name="source", daemon=True)
 
@@ -83,20 +104,24 @@ def _serve(loaded: Loaded) -> str:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, on_signal)
+    monitoring.start(stop_agent=lambda: loop.inbox.put("stop"))
     thread.start()
     log.info("started", extra=fields(mode=settings.mode, node=settings.node_name, source=str(source)))
     try:
-        return loop.run()
+        command = loop.run()
     finally:
         stop.set()
         thread.join(timeout=5)
+        monitoring.stop()
+    if monitoring.fatal:
+        raise Failure(monitoring.fatal)
+    return command
 
 
 def _reload(ctx: click.Context, loaded: Loaded) -> Loaded:
     """Read the configuration again; a broken one is reported, and the old one stays."""
-    flags = {name: value for name, value in ctx.params.items() if name != "config_file"}
     try:
-        fresh = load(ctx.params["config_file"], flags)
+        fresh = load(loaded.config_file, loaded.flags)
     except ConfigError as error:
         for problem in error.problems:
             log.error("configuration not reloaded, the old one stays: %s", problem)

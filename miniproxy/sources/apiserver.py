@@ -6,6 +6,7 @@ server may have got to know newer credentials; it hands on open HTTP responses. 
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
 
 CONNECT_SECONDS = 10.0
+BODY_LIMIT = 1 << 20  # of an answer that is read whole
 
 
 class ApiError(Exception):
@@ -45,27 +47,53 @@ class ApiServer:
         Raises ApiError, also out of the body of the `with`.
         """
         import urllib3
-        from kubernetes.client.exceptions import ApiException
-        from kubernetes.config import ConfigException
 
-        client = None
-        try:
-            client = self._connected()
-            url = f"{client.configuration.host}{path}?{urlencode(query)}"
-            response = client.request(
-                "GET", url, headers=_headers(client.configuration), _request_timeout=(CONNECT_SECONDS, silence)
-            ).response
-        except (urllib3.exceptions.HTTPError, ApiException, ConfigException, OSError, ValueError) as error:
-            self._forget(client)
-            raise ApiError(_reason(error)) from error
-        if response.status == 401:
-            self._forget(client)
+        response = self._send("GET", f"{path}?{urlencode(query)}", silence)
         try:
             yield response
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise ApiError(_reason(error)) from error
         finally:
             response.close()
+
+    def request(
+        self, method: str, path: str, body: object = None, content_type: str = "application/json"
+    ) -> tuple[int, bytes]:
+        """Send a JSON value; status and whole body of the response. Raises ApiError."""
+        import urllib3
+
+        response = self._send(method, path, CONNECT_SECONDS, body, content_type)
+        try:
+            return response.status, response.read(BODY_LIMIT)
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise ApiError(_reason(error)) from error
+        finally:
+            response.close()
+
+    def _send(
+        self, method: str, target: str, silence: float, body: object = None, content_type: str = "application/json"
+    ) -> BaseHTTPResponse:
+        import urllib3
+        from kubernetes.client.exceptions import ApiException
+        from kubernetes.config import ConfigException
+
+        client = None
+        try:
+            client = self._connected()
+            headers = {**_headers(client.configuration), "Content-Type": content_type}
+            response: BaseHTTPResponse = client.request(
+                method,
+                f"{client.configuration.host}{target}",
+                headers=headers,
+                body=body if content_type == "application/json" else json.dumps(body),
+                _request_timeout=(CONNECT_SECONDS, silence),
+            ).response
+        except (urllib3.exceptions.HTTPError, ApiException, ConfigException, OSError, ValueError) as error:
+            self._forget(client)
+            raise ApiError(_reason(error)) from error
+        if response.status == 401:
+            self._forget(client)
+        return response
 
     def _connected(self) -> Any:
         """The transport, made of what the files say now if there is none."""

@@ -51,10 +51,10 @@ class KubeSource:
 
     def __init__(self, api: ApiServer, node_name: str) -> None:
         self.reflectors = [Reflector(resource) for resource in resources(node_name)]
-        self._api = api
+        self.api = api
 
     def __str__(self) -> str:
-        return str(self._api)
+        return str(self.api)
 
     @property
     def relists(self) -> dict[str, int]:
@@ -64,7 +64,7 @@ class KubeSource:
     def run(self, deliver: Deliver, stop: Event) -> None:
         """Block until `stop` is set."""
         inbox: queue.SimpleQueue[list[Change]] = queue.SimpleQueue()
-        followers = [_Follower(reflector, self._api, inbox, stop) for reflector in self.reflectors]
+        followers = [_Follower(reflector, self.api, inbox, stop) for reflector in self.reflectors]
         for follower in followers:
             follower.start()
         synced = False
