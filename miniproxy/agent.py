@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+import msgspec
+
 from .config import Settings
 from .flows import Flows, Stale
 from .log import fields
@@ -39,6 +41,10 @@ class Planner(Protocol):
         ...
 
 
+# A service port as the kernel can have it, and what it does not get of what it asks for.
+Review = tuple[ServicePort, Sequence[str]]
+
+
 class Agent:
     """Everything between a source and the kernel, for one node. Single-threaded; does nothing by itself."""
 
@@ -50,6 +56,7 @@ class Agent:
         *,
         local_addresses: Callable[[Family], Sequence[str]] = lambda family: (),
         conntrack: Conntrack | None = None,
+        review: Callable[[ServicePort], Review] = lambda port: (port, ()),
         announce: Callable[[News], None] | None = None,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -60,6 +67,8 @@ class Agent:
         self.problems = Problems()
         self.reconcilers = {family: Reconciler(backend) for family, backend in backends.items()}
         self._local_addresses = local_addresses
+        self._local: dict[Family, tuple[str, ...]] = {}  # what they were when the frame was planned
+        self._review = review
         self._conntrack = conntrack
         self._flows = Flows(local_addresses)
         self._stale: dict[Family, list[Stale]] = {}  # flows to forget once the rules no longer make them
@@ -86,9 +95,12 @@ class Agent:
     def plan_frame(self) -> None:
         """Plan what does not belong to a service; it depends on the node and its addresses."""
         self._planned_for = node = self.tracker.node
+        local = {family: tuple(self._local_addresses(family)) for family in self.reconcilers}
+        if local != self._local:
+            self._local = local
+            self.tracker.touch_external()
         for family, reconciler in self.reconcilers.items():
-            addresses = self._local_addresses(family)
-            reconciler.frame(self.planner.frame(self.settings, node, family, addresses))
+            reconciler.frame(self.planner.frame(self.settings, node, family, local[family]))
 
     def sync(self) -> list[Synced]:
         """Make the kernel follow. A family that fails is read again, and searched for the bad object, next time."""
@@ -121,13 +133,16 @@ class Agent:
             self._note_flows(key, None, ())
             self._observer.planned(key, None, Serving())
             return
+        port, reservations = self._review(port)
         serving = categorize(port, self.tracker.endpoints(key), self.tracker.node)
         self._note_flows(key, port, (e.ip for e in serving.reachable))
         self._observer.planned(key, port, serving)
-        reconciler.set(name, self.planner.plan(port, serving, self.settings, self.tracker.node))
+        node = msgspec.structs.replace(self.tracker.node, local=self._local.get(family, ()))
+        reconciler.set(name, self.planner.plan(port, serving, self.settings, node))
         # The ports of one Service share its health check port; that is no conflict.
         conflicts = [(k, w) for k, w in reconciler.conflicts(name) if w is None or w[:2] != name[:2]]
-        self._state(family, name, [f"{_traffic(k)} belongs to {winner}" for k, winner in conflicts], "Conflict")
+        reasons = [f"{_traffic(k)} belongs to {winner}" for k, winner in conflicts]
+        self._state(family, name, [*reasons, *reservations], "Conflict" if reasons else "Refused")
 
     def _sync(self, family: Family, reconciler: Reconciler) -> Synced:
         start = self._clock()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
-from .agent import Planner
+from .agent import Planner, Review
 from .config import Settings
+from .graceful import Draining
 from .kernel import iptables as kernel_iptables
+from .kernel import ipvs as kernel_ipvs
 from .kernel import sysctl
 from .kernel.iptables import Iptables, Variant, detect_variant
-from .model import Family
+from .log import fields
+from .model import Family, ServicePort
 from .transaction import Backend, TransactionError
 
 log = logging.getLogger(__name__)
@@ -22,7 +27,9 @@ class Dataplane(NamedTuple):
 
     planner: Planner
     backends: Mapping[Family, Backend]
-    prepare: Callable[[], None]  # kernel settings, before the first write; needs root
+    prepare: Callable[[], None]  # kernel settings, before the first write; needs root. Raises TransactionError
+    review: Callable[[ServicePort], Review] = lambda port: (port, ())  # what a Service asks for and cannot have
+    tick: Callable[[], float] = lambda: float("inf")  # does what is due; says when to be called again
 
 
 def iptables_variant(settings: Settings) -> Variant:
@@ -37,6 +44,8 @@ def choose(settings: Settings) -> Dataplane:
     """The dataplane that the settings name. Raises ValueError for a mode this version does not have."""
     from .planner import iptables
 
+    if settings.mode == "ipvs":
+        return _ipvs(settings)
     if settings.mode != "iptables":
         raise ValueError(f"proxy mode {settings.mode} is not available in this version: use iptables")
     variant = iptables_variant(settings)
@@ -44,16 +53,58 @@ def choose(settings: Settings) -> Dataplane:
     return Dataplane(iptables, backends, lambda: sysctl.prepare_iptables(settings))
 
 
+def _ipvs(settings: Settings) -> Dataplane:
+    from .planner import ipvs
+    from .planner.ipvs_text import LAYOUT
+
+    variant = iptables_variant(settings)
+    draining = {family: Draining(kernel_ipvs.Connections(), time.monotonic) for family in Family}
+    backends = {
+        family: kernel_ipvs.IpvsBackend(family, settings, Iptables(family, variant, layout=LAYOUT), draining[family])
+        for family in Family
+    }
+
+    def tick() -> float:
+        for family, servers in draining.items():
+            if servers.due <= time.monotonic():
+                _finish(family, servers)
+        return min(servers.due for servers in draining.values())
+
+    return Dataplane(
+        ipvs,
+        backends,
+        lambda: kernel_ipvs.prepare(settings),
+        kernel_ipvs.Schedulers(settings.ipvs_scheduler).review,
+        tick,
+    )
+
+
+def _finish(family: Family, servers: Draining) -> None:
+    """Delete the real servers that have no connection left; one that cannot be deleted is tried again."""
+    try:
+        if count := servers.look():
+            said = fields(family=family, deleted=count, waiting=len(servers))
+            log.info("real servers without connections are gone", extra=said)
+    except (OSError, TransactionError) as error:
+        log.warning("cannot look after real servers on their way out: %s", error, extra=fields(family=family))
+
+
 def cleanup() -> tuple[dict[str, int], list[str]]:
     """Remove what is ours from every mode's kernel state: objects removed by place, and what failed."""
     counts: dict[str, int] = {}
     errors: list[str] = []
     variants: tuple[Variant, ...] = ("nft", "legacy")
+
+    def attempt(place: str, clean: Callable[[], int]) -> None:
+        try:
+            counts[place] = clean()
+        except TransactionError as error:
+            if not error.transient:  # the tool is not installed, or the kernel does not have such a thing
+                errors.append(str(error))
+
+    attempt("ipvs", kernel_ipvs.cleanup_servers)
     for family in Family:
         for variant in variants:
-            try:
-                counts[f"iptables-{variant} {family}"] = kernel_iptables.cleanup(family, variant)
-            except TransactionError as error:
-                if not error.transient:
-                    errors.append(str(error))
+            attempt(f"iptables-{variant} {family}", partial(kernel_iptables.cleanup, family, variant))
+    attempt("ipset", kernel_ipvs.cleanup_sets)
     return counts, errors

@@ -61,11 +61,14 @@ class SyncLoop:
         agent: Agent,
         *,
         observer: Observer | None = None,
+        tick: Callable[[], float] = lambda: float("inf"),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.agent = agent
-        self.inbox: queue.SimpleQueue[Batch | Command] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Batch | Command | Literal["addresses"]] = queue.SimpleQueue()
         self._observer = observer or Observer()
+        self._tick = tick  # does what is due besides syncing; says when to be called again, by the clock
+        self._tick_at = float("inf")
         self._clock = clock
         self._taken = 0  # batches folded in
         now = clock()
@@ -79,6 +82,10 @@ class SyncLoop:
         """For sources, from any thread."""
         self._observer.delivered(batch)
         self.inbox.put(batch)
+
+    def addresses_changed(self) -> None:
+        """For whoever watches the node's addresses, from any thread."""
+        self.inbox.put("addresses")
 
     def run(self) -> Command:
         """Until a command arrives; returns it. Everything handed over before it has been folded in."""
@@ -96,19 +103,23 @@ class SyncLoop:
             self._check(now)
         if self._due(now) <= now:
             self._sync(now)
+        self._tick_at = self._tick()
 
     def _receive(self) -> Command | None:
         """Wait for something to do, and take in everything that is there."""
         now = self._clock()
-        timeout = max(0.0, min(self._due(now), self._check_at) - now)
+        timeout = max(0.0, min(self._due(now), self._check_at, self._tick_at) - now)
         try:
             item = self.inbox.get(timeout=timeout)
             while True:
-                if isinstance(item, str):
+                if item == "addresses":
+                    self.agent.plan_frame()
+                elif isinstance(item, str):
                     return item
-                self.agent.handle(item)
+                else:
+                    self.agent.handle(item)
+                    self._taken += 1
                 self._dirty = True
-                self._taken += 1
                 item = self.inbox.get_nowait()
         except queue.Empty:
             return None

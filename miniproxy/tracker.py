@@ -58,6 +58,10 @@ class Tracker:
         """Count everything as changed: what the node is, or how to plan, is not what it was."""
         self._changed.update(self._ports)
 
+    def touch_external(self) -> None:
+        """Count as changed what is reachable at addresses of the node, or could be: they are not what they were."""
+        self._changed.update(key for key, port in self._ports.items() if port.externally_accessible)
+
     def port(self, key: PortKey) -> ServicePort | None:
         return self._ports.get(key)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from pathlib import Path
 
 from ..config import Settings
@@ -53,3 +54,23 @@ def prepare_iptables(settings: Settings, root: Path = _PROC) -> None:
     )
     if settings.localhost_node_ports and localhost:
         ensure("net/ipv4/conf/all/route_localnet", "1", root)
+
+
+def prepare_ipvs(settings: Settings, root: Path = _PROC) -> None:
+    """What IPVS mode needs; route_localnet is left alone, since NodePorts do not answer on 127.0.0.1."""
+    wanted = {
+        "net/ipv4/vs/conntrack": "1",  # packets of IPVS pass iptables' masquerading
+        # A client that uses its port again is scheduled anew (kubernetes#81775; kernels before 5.9 lose a second).
+        "net/ipv4/vs/conn_reuse_mode": "1" if _kernel() >= (5, 9) else "0",
+        "net/ipv4/vs/expire_nodest_conn": "1",  # a flow to a deleted real server moves on with its next packet
+        "net/ipv4/vs/expire_quiescent_template": "1",  # affinity does not hold on to a server of weight 0
+    }
+    if settings.ipvs_strict_arp:
+        wanted |= {"net/ipv4/conf/all/arp_ignore": "1", "net/ipv4/conf/all/arp_announce": "2"}
+    for name, value in wanted.items():
+        ensure(name, value, root)
+
+
+def _kernel() -> tuple[int, int]:
+    major, minor = platform.release().split(".")[:2]
+    return int(major), int(minor.partition("-")[0])

@@ -1,0 +1,136 @@
+"""Netlink in bulk: many requests in one system call, each with its own result.
+
+pyroute2 builds and answers one request at a time; for thousands of objects that is most of the time. Here a window of
+requests goes out in one send, and only the last asks for an acknowledgement: the kernel works on them in order
+before the send returns, and answers every one that fails by its sequence number, so silence means success.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import NamedTuple, Self
+
+ROUTE, GENERIC = 0, 16  # netlink protocols
+CREATE, EXCLUSIVE = 0x400, 0x200  # flags of requests that make something
+_REQUEST, _ACK, _DUMP = 1, 4, 0x300
+_ERROR, _DONE = 2, 3
+_SOL_NETLINK, _CAP_ACK = 270, 10
+_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
+_ATTRIBUTE = struct.Struct("=HH")  # length, type
+_WINDOW = 100  # what fails answers with less than 1 kB each, and the socket's buffer holds 200 kB
+_BUFFER = 1 << 16
+
+
+class Request(NamedTuple):
+    """One message; `payload` is what follows the netlink header."""
+
+    kind: int
+    payload: bytes
+    flags: int = 0
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """An attribute, padded to 4 bytes."""
+    length = 4 + len(value)
+    return _ATTRIBUTE.pack(length, kind) + value + b"\0" * (-length % 4)
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """The attributes that fill `data`, by type."""
+    found = {}
+    offset = 0
+    while offset + 4 <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        if length < 4:
+            break
+        found[kind & 0x3FFF] = data[offset + 4 : offset + length]
+        offset += (length + 3) & ~3
+    return found
+
+
+class Netlink:
+    """A netlink socket; use it in `with`. It belongs to the network namespace in which it was opened."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._sequence = 0
+
+    @classmethod
+    def open(cls, protocol: int) -> Self:
+        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+        sock.bind((0, 0))
+        sock.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)  # errors without the request they are about
+        sock.settimeout(30)
+        return cls(sock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._socket.close()
+
+    def execute(self, requests: Sequence[Request]) -> list[int]:
+        """Make all requests, whatever becomes of each; their errno in order, 0 for success. Raises OSError."""
+        results: list[int] = []
+        for start in range(0, len(requests), _WINDOW):
+            results += self._window(requests[start : start + _WINDOW])
+        return results
+
+    def dump(self, request: Request) -> list[bytes]:
+        """The payloads that answer a request for a list. Raises OSError."""
+        self._sequence += 1
+        self._socket.send(self._pack(request, _REQUEST | _DUMP))
+        found: list[bytes] = []
+        while True:
+            for kind, sequence, payload in messages(self._socket.recv(_BUFFER)):
+                if sequence != self._sequence:
+                    continue
+                if kind in (_ERROR, _DONE):
+                    (code,) = struct.unpack_from("=i", payload) if len(payload) >= 4 else (0,)
+                    if code:
+                        raise OSError(-code, os.strerror(-code))
+                    return found
+                found.append(payload)
+
+    def _window(self, requests: Sequence[Request]) -> list[int]:
+        first = self._sequence + 1
+        parts = []
+        for left, request in zip(range(len(requests), 0, -1), requests, strict=True):
+            self._sequence += 1
+            parts.append(self._pack(request, _REQUEST | request.flags | (_ACK if left == 1 else 0)))
+        self._socket.send(b"".join(parts))
+        results = [0] * len(requests)
+        while True:
+            for kind, sequence, payload in messages(self._socket.recv(_BUFFER)):
+                if kind == _ERROR and sequence >= first:
+                    results[sequence - first] = -struct.unpack_from("=i", payload)[0]
+                    if sequence == self._sequence:
+                        return results
+
+    def _pack(self, request: Request, flags: int) -> bytes:
+        payload = request.payload
+        padding = b"\0" * (-len(payload) % 4)
+        return _HEADER.pack(16 + len(payload), request.kind, flags, self._sequence, 0) + payload + padding
+
+
+def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """(type, sequence number, payload) of each message in what a socket received."""
+    offset = 0
+    while offset + 16 <= len(data):
+        length, kind, _, sequence, _ = _HEADER.unpack_from(data, offset)
+        if length < 16:
+            return
+        yield kind, sequence, data[offset + 16 : offset + length]
+        offset += (length + 3) & ~3
+
+
+def explain(number: int) -> str:
+    """An errno in words."""
+    return f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
