@@ -120,7 +120,7 @@ class _Follower(Thread):
         log.debug("asking", extra={"path": path, **query})
         with self._api.get(path, query, SILENCE_SECONDS) as response:
             self._response = response
-            self._reflector.answered(response.status, response.headers.get("Retry-After", ""))
+            self._hand_over(self._reflector.answered(response.status, response.headers.get("Retry-After", "")))
             while not (self._reflector.hang_up or self._stop_asked.is_set()) and (chunk := read(response)):
                 self._hand_over(self._reflector.receive(chunk))
 

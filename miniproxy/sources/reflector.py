@@ -155,6 +155,7 @@ class Reflector:
         self._failures = 0  # since a connection was healthy
         self._delay = 0.0
         self._trouble: Problem | None = None
+        self._fails_later = False  # the trouble came after a good status
 
     def next(self) -> Request | Wait:
         """What to do now. After a Wait, ask again."""
@@ -167,7 +168,7 @@ class Reflector:
             self._fresh = set()
         return Request(self.resource.path, self._query())
 
-    def answered(self, status: int, retry_after: str = "") -> None:
+    def answered(self, status: int, retry_after: str = "") -> list[Change]:
         """The response's status and its header Retry-After."""
         self._status = status
         if retry_after.isdigit():
@@ -175,6 +176,8 @@ class Reflector:
         self._accepted_at = self._clock()
         allowed = WATCH_SECONDS[1] + GRACE_SECONDS if self._stage == "watch" else LIST_SECONDS
         self._deadline = self._accepted_at + allowed
+        # A server that is back may have no news for a minute; one that says yes and then fails is not well by that.
+        return self._well() if status == 200 and self._stage == "watch" and not self._fails_later else []
 
     def receive(self, chunk: bytes) -> list[Change]:
         """A part of the body, of any length."""
@@ -384,6 +387,7 @@ class Reflector:
         if self._healthy():
             self._failures = 0
         self._back_off()
+        self._fails_later = self._status == 200
         ref = Ref("API", "", self.resource.name)
         trouble = Problem(ref, "", f"{reason}; the kernel keeps what it has, and it is tried again")
         if trouble == self._trouble:
