@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -155,7 +156,7 @@ class Httpd:
             try:
                 sock = _listen(address)
             except OSError as error:
-                wrong.append(f"cannot listen on {_show(address)}: {error.strerror or error}")
+                wrong.append(f"cannot listen on {_show(address)}: {os.strerror(error.errno) if error.errno else error}")
                 continue
             bound[address] = await asyncio.start_server(
                 lambda reader, writer: self._converse(name, site.handler, reader, writer),
