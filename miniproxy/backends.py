@@ -13,6 +13,7 @@ from .config import Settings
 from .graceful import Draining
 from .kernel import iptables as kernel_iptables
 from .kernel import ipvs as kernel_ipvs
+from .kernel import nftables as kernel_nftables
 from .kernel import sysctl
 from .kernel.iptables import Iptables, Variant, detect_variant
 from .log import fields
@@ -41,16 +42,23 @@ def iptables_variant(settings: Settings) -> Variant:
 
 
 def choose(settings: Settings) -> Dataplane:
-    """The dataplane that the settings name. Raises ValueError for a mode this version does not have."""
+    """The dataplane that the settings name."""
     from .planner import iptables
 
     if settings.mode == "ipvs":
         return _ipvs(settings)
-    if settings.mode != "iptables":
-        raise ValueError(f"proxy mode {settings.mode} is not available in this version: use iptables")
+    if settings.mode == "nftables":
+        return _nftables()
     variant = iptables_variant(settings)
     backends = {family: Iptables(family, variant) for family in Family}
     return Dataplane(iptables, backends, lambda: sysctl.prepare_iptables(settings))
+
+
+def _nftables() -> Dataplane:
+    from .planner import nftables
+
+    backends = {family: kernel_nftables.Nftables(family) for family in Family}
+    return Dataplane(nftables, backends, kernel_nftables.check)
 
 
 def _ipvs(settings: Settings) -> Dataplane:
@@ -106,5 +114,6 @@ def cleanup() -> tuple[dict[str, int], list[str]]:
     for family in Family:
         for variant in variants:
             attempt(f"iptables-{variant} {family}", partial(kernel_iptables.cleanup, family, variant))
+        attempt(f"nftables {family}", partial(kernel_nftables.cleanup, family))
     attempt("ipset", kernel_ipvs.cleanup_sets)
     return counts, errors

@@ -61,6 +61,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     sync_period: float = 30.0
     min_sync_period: float = 1.0
     iptables_variant: Variant = "auto"
+    nftables_counters: bool = False  # count packets and bytes of each service address
+    service_cidrs: tuple[str, ...] = ()  # where cluster IPs come from; () where that is not known
 
     ipvs_scheduler: str = "rr"
     ipvs_exclude_cidrs: tuple[str, ...] = ()

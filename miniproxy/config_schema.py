@@ -609,6 +609,22 @@ FLAGS = (
         ("iptables", "nftables"),
     ),
     Flag(
+        "nftables-counters",
+        BOOL,
+        "nftables_counters",
+        _WORK,
+        "Count packets and bytes by service address (nft list set ip miniproxy counted).",
+        ("nftables",),
+    ),
+    Flag(
+        "service-cidrs",
+        CIDRS,
+        "service_cidrs",
+        _WORK,
+        "Where cluster IPs come from: what goes to an address there that is none is dropped at once.",
+        ("nftables",),
+    ),
+    Flag(
         "bind-address",
         ADDRESS,
         "bind_address",
