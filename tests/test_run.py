@@ -137,7 +137,8 @@ def test_plan_agrees_with_the_kernel(node: Node) -> None:
 
 
 def test_plan_needs_no_root(node: Node, tmp_path: Path) -> None:
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    ours = [folder for folder in tmp_path.parents if folder.name.startswith(("pytest-", "popen-"))]
+    for folder in (tmp_path, *ours):
         folder.chmod(0o755)
     argv = [*node.argv()[:3], "plan", *node.argv()[4:], "--family", "4"]
     as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
