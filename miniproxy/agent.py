@@ -90,7 +90,11 @@ class Agent:
         if self._planned_for != self.tracker.node:
             self.plan_frame()
         for key in self.tracker.take():
-            self._plan(key)
+            try:
+                self._plan(key)
+            except Exception:
+                # A fault in our own code must cost the one port it shows with, whose old rules keep serving.
+                log.exception("cannot plan %s: please report this", key[0], extra=fields(family=key[1]))
 
     def plan_frame(self) -> None:
         """Plan what does not belong to a service; it depends on the node and its addresses."""

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 Command = Literal["stop", "reload"]
 _RETRY_FIRST = 0.1  # seconds; doubled at each further failure
 _RETRY_MOST = 30.0
+_CHECK_SHARE = 0.01  # of all time may go into looking for drift
 
 
 class Pacer:
@@ -93,11 +94,12 @@ class SyncLoop:
             command = self._receive()
             if command:
                 return command
-            if self.agent.tracker.synced:
-                self.step()
+            self.step()
 
     def step(self) -> None:
-        """Do what is due now."""
+        """Do what is due now; nothing before the source has handed over everything there is."""
+        if not self.agent.tracker.synced:
+            return
         now = self._clock()
         if now >= self._check_at:
             self._check(now)
@@ -107,10 +109,8 @@ class SyncLoop:
 
     def _receive(self) -> Command | None:
         """Wait for something to do, and take in everything that is there."""
-        now = self._clock()
-        timeout = max(0.0, min(self._due(now), self._check_at, self._tick_at) - now)
         try:
-            item = self.inbox.get(timeout=timeout)
+            item = self.inbox.get(timeout=self._patience())
             while True:
                 if item == "addresses":
                     self.agent.plan_frame()
@@ -124,10 +124,15 @@ class SyncLoop:
         except queue.Empty:
             return None
 
+    def _patience(self) -> float | None:
+        """How long to wait for something to happen; None: until it does, there is nothing to be done before."""
+        if not self.agent.tracker.synced:
+            return None
+        now = self._clock()
+        return max(0.0, min(self._due(now), self._check_at, self._tick_at) - now)
+
     def _due(self, now: float) -> float:
         """When the next sync should start; infinitely late if there is no reason for one."""
-        if not self.agent.tracker.synced:
-            return float("inf")
         if self._retry_at is not None:
             return self._retry_at
         return now + self._pacer.wait(now) if self._dirty else float("inf")
@@ -150,8 +155,11 @@ class SyncLoop:
         self._observer.synced(results, self.agent.tracker.take_triggers(), took, self._taken)
 
     def _check(self, now: float) -> None:
-        self._check_at = now + self.agent.settings.sync_period
-        for family, count in self.agent.check().items():
+        drift = self.agent.check()
+        # With very many services reading takes long; it may not take more than its share of the time.
+        took = self._clock() - now
+        self._check_at = now + max(self.agent.settings.sync_period, took / _CHECK_SHARE)
+        for family, count in drift.items():
             if count > 0:
                 self._observer.drifted(family, count)
                 log.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import msgspec
 import pytest
@@ -101,6 +102,38 @@ def test_drift_is_repaired_at_the_next_check(bench: Bench) -> None:
     assert bench.wait(5) == 0
     assert bench.wait(30) == 1
     assert len(bench.kernel.tables["filter"]["KUBE-SERVICES"]) == 1
+
+
+def test_looking_for_drift_takes_a_hundredth_of_the_time_at_most(bench: Bench) -> None:
+    reads = []
+
+    def slow() -> Any:
+        reads.append(bench.clock.now)
+        bench.clock.now += 2.0
+        return dict(original())
+
+    original, bench.kernel.read = bench.kernel.read, slow  # type: ignore[method-assign]
+    for _ in range(80):
+        bench.wait(10)
+    assert [round(b - a) for a, b in pairwise(reads)] == [pytest.approx(200, abs=12)] * (len(reads) - 1)
+    assert len(reads) == 4
+
+
+def test_waits_without_a_limit_for_a_source_that_says_nothing() -> None:
+    """An API server that is away for an hour must not cost a turn of the loop per moment."""
+    bench = Bench(sync_period=30.0)
+    bench.deliver(1, synced=False)
+    bench.clock.now += 3600
+    waits: list[float | None] = []
+
+    class Inbox:
+        def get(self, timeout: float | None) -> str:
+            waits.append(timeout)
+            return "stop"
+
+    bench.loop.inbox = Inbox()  # type: ignore[assignment]
+    assert bench.loop.run() == "stop"
+    assert waits == [None]
 
 
 def test_a_failure_is_tried_again_ever_more_slowly_and_loses_nothing(bench: Bench) -> None:

@@ -1,0 +1,64 @@
+"""The agent as a whole, on a kernel in memory: what goes wrong in one place stays there."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from miniproxy.agent import Agent
+from miniproxy.config import Settings
+from miniproxy.model import Batch, Family, ServicePort
+from miniproxy.planner import iptables
+from miniproxy.policy import Serving
+from miniproxy.transaction import TransactionError
+from tests import cluster
+from tests.fake_iptables import FakeIptables
+
+
+class Faulty:
+    """The iptables planner with a fault that shows with one service."""
+
+    frame = staticmethod(iptables.frame)
+    show = staticmethod(iptables.show)
+
+    @staticmethod
+    def plan(port: ServicePort, serving: Serving, settings: Settings, node: Any) -> Any:
+        if port.name.name == "svc-2" and len(serving.cluster) > 1:
+            raise ZeroDivisionError
+        return iptables.plan(port, serving, settings, node)
+
+
+def test_a_fault_of_ours_costs_one_service_port(caplog: pytest.LogCaptureFixture) -> None:
+    kernel = FakeIptables()
+    agent = Agent(Settings(node_name="n1"), Faulty(), {Family.V4: kernel})
+    agent.handle(Batch(tuple(o for n in (1, 2, 3) for o in (cluster.service(n), cluster.endpoints(n, 1))), synced=True))
+    agent.sync()
+    with caplog.at_level(logging.ERROR):
+        agent.handle(Batch(tuple(cluster.endpoints(n, 2) for n in (1, 2, 3))))
+        agent.sync()
+    assert "cannot plan scale/svc-2:http" in caplog.text
+    served = [r for rules in kernel.tables["nat"].values() for r in rules if "DNAT" in r]
+    assert sorted(r.split('"')[1] for r in served) == [
+        "scale/svc-1:http",
+        "scale/svc-1:http",
+        "scale/svc-2:http",
+        "scale/svc-3:http",
+        "scale/svc-3:http",
+    ]
+
+
+def test_a_family_that_fails_does_not_hold_up_the_other() -> None:
+    good, bad = FakeIptables(), FakeIptables()
+
+    def locked(line: str) -> None:
+        raise TransactionError("no such table", transient=True)
+
+    bad.fault = locked
+    agent = Agent(Settings(node_name="n1"), iptables, {Family.V6: bad, Family.V4: good})
+    agent.handle(Batch((cluster.service(1),), synced=True))
+    results = {r.family: r.result for r in agent.sync()}
+    assert results[Family.V6] is None
+    assert results[Family.V4] is not None
+    assert "KUBE-SERVICES" in good.tables["nat"]
