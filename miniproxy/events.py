@@ -104,13 +104,13 @@ class Recorder(Observer):
         try:
             self._send(problem, count)
         except Exception as error:  # whatever it is, Events are not worth an agent
-            self._counted("failed")
             if not self._failing:
                 log.warning("cannot send Kubernetes Events: %s; not said again until it works", error)
             self._failing = True
-            return
-        self._counted("sent")
-        self._failing = False
+            self._counted("failed")
+        else:
+            self._failing = False
+            self._counted("sent")
 
     def _send(self, problem: Problem, count: int) -> None:
         namespace = problem.ref.namespace or "default"  # where Events on Nodes are

@@ -42,9 +42,12 @@ class Metrics(Observer):
         families: Sequence[Family],
         *,
         relists: Callable[[], Mapping[str, int]] = dict,
+        packets: Callable[[], Mapping[str, int]] = dict,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`relists` says how often each resource of the API server has had to be listed anew."""
+        """Asked for each page: `relists`, how often each resource of the API server has had to be listed anew, and
+        `packets`, what the kernel has counted, by series.
+        """
         disable_created_metrics()  # type: ignore[no-untyped-call]  # kube-proxy has no *_created series
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -52,7 +55,8 @@ class Metrics(Observer):
         self._mode = mode
         self._families = families
         self._relists = relists
-        self._relisted: dict[str, int] = defaultdict(int)
+        self._packets = packets
+        self._asked: dict[tuple[str, ...], int] = defaultdict(int)  # what the last answers were
         self._wall = wall
         self._began = wall()
         self._lock = Lock()
@@ -84,11 +88,18 @@ class Metrics(Observer):
     def page(self) -> Answer:
         """/metrics, in the text format."""
         for resource, count in self._relists().items():
-            self.add("miniproxy_relists_total", count - self._relisted[resource], resource)
-            self._relisted[resource] = count
+            self._follow(count, "miniproxy_relists_total", resource)
+        for name, count in self._packets().items():
+            self._follow(count, name)
         page = generate_latest(self.registry).decode()
         # Bounds of buckets as Go writes them: labels are compared as text, and dashboards may name one.
         return Answer(200, {"Content-Type": CONTENT_TYPE_PLAIN_0_0_4}, _WHOLE.sub(r"\1\2", page))
+
+    def _follow(self, count: int, name: str, *labels: str) -> None:
+        """Bring a counter up to one kept elsewhere, which begins at 0 now and then: rules are written anew."""
+        before = self._asked[name, *labels]
+        self._asked[name, *labels] = count
+        self.add(name, count - before if count >= before else count, *labels)
 
     # -- for anybody who counts something
 

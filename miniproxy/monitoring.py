@@ -19,6 +19,8 @@ from .configz import configuration
 from .events import Recorder
 from .health import Answer, Health, ServiceHealth
 from .httpd import Httpd, Site, parse_address, routes, text
+from .kernel import counters
+from .kernel.iptables import Iptables, Variant
 from .model import Batch, Family, Node, Problem, Ref
 from .observer import Conntrack, ObservedBackend, ObservedConntrack, Observer, Observers
 from .planner.iptables import contains
@@ -55,7 +57,8 @@ class Monitoring:
         self._lock = Lock()
         self._ports = Httpd("health")
         self._node = _OwnNode(settings.node_name)
-        self._metrics = _metrics(settings, families, source)
+        self._variant: Variant | None = None
+        self._metrics = _metrics(settings, families, source, self._packets)
         self._recorder = _recorder(settings, source, self._metrics)
         self.health = Health(
             families,
@@ -92,6 +95,7 @@ class Monitoring:
 
     def backends(self, backends: Mapping[Family, Backend]) -> dict[Family, Backend]:
         """The same, observed."""
+        self._variant = next((b.variant for b in backends.values() if isinstance(b, Iptables)), None)
         return {family: ObservedBackend(backend, family, self.observer) for family, backend in backends.items()}
 
     def conntrack(self, conntrack: Conntrack) -> Conntrack:
@@ -125,6 +129,9 @@ class Monitoring:
         if self.settings.bind_address_hard_fail:
             self.fatal = f"{what} is not served: {wrong}, and bindAddressHardFail is set"
             self._stop_agent()
+
+    def _packets(self) -> Mapping[str, int]:
+        return counters.packets(self._families, self._variant) if self._variant else {}
 
     # -- health check ports
 
@@ -186,13 +193,15 @@ class _OwnNode(Observer):
         return {ip for ip in (self._latest.ip(family),) if ip}
 
 
-def _metrics(settings: Settings, families: Sequence[Family], source: Source) -> Metrics | None:
+def _metrics(
+    settings: Settings, families: Sequence[Family], source: Source, packets: Callable[[], Mapping[str, int]]
+) -> Metrics | None:
     if not settings.metrics_bind_address:
         return None
     from .metrics import Metrics
 
     relists = (lambda: source.relists) if isinstance(source, KubeSource) else dict
-    return Metrics(settings.mode, families, relists=relists)
+    return Metrics(settings.mode, families, relists=relists, packets=packets)
 
 
 def _recorder(settings: Settings, source: Source, metrics: Metrics | None) -> Recorder | None:

@@ -6,7 +6,6 @@ server may have got to know newer credentials; it hands on open HTTP responses. 
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -85,7 +84,7 @@ class ApiServer:
                 method,
                 f"{client.configuration.host}{target}",
                 headers=headers,
-                body=body if content_type == "application/json" else json.dumps(body),
+                body=body,
                 _request_timeout=(CONNECT_SECONDS, silence),
             ).response
         except (urllib3.exceptions.HTTPError, ApiException, ConfigException, OSError, ValueError) as error:
