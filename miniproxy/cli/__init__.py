@@ -22,6 +22,7 @@ COMMANDS = {
     ),
     "config": ("miniproxy.cli.config:command", "Check a configuration file, show the effective settings."),
     "lab": ("miniproxy.cli.lab:command", "A cluster of network namespaces on this machine."),
+    "bench": ("miniproxy.cli.bench:command", "Measure this machine: modes, sizes, and kube-proxy beside."),
     "demo": ("miniproxy.cli.demo:command", "Watch it work: a guided minute in the lab."),
 }
 
