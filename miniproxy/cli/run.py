@@ -20,15 +20,13 @@ log = logs.get("run")
 @click.command(cls=SettingsCommand)
 @click.option("--init-only", is_flag=True, help="Do what takes full root rights (modules, kernel settings), and end.")
 @settings_options
-@click.pass_context
-def command(ctx: click.Context, loaded: Loaded, init_only: bool) -> None:
+def command(loaded: Loaded, init_only: bool) -> None:
     """Program this node's kernel, and keep it up to date, until told to stop.
 
     It reads Services, EndpointSlices and its own Node from the API server (--kubeconfig; in a pod, its service
     account) or from a folder of manifests (--source), adopts what is right in the kernel already, and from then on
-    writes what changes. On SIGTERM it ends and leaves all rules in place,
-    so that connections go on while it is restarted or replaced; `miniproxy cleanup` removes them. On SIGHUP it
-    reads its configuration again.
+    writes what changes. On SIGTERM it ends and leaves all rules in place, so that connections go on while it is
+    restarted or replaced; `miniproxy cleanup` removes them. On SIGHUP it reads its configuration again.
 
     \b
     Examples:
@@ -42,7 +40,7 @@ def command(ctx: click.Context, loaded: Loaded, init_only: bool) -> None:
         _initialize(loaded)
         return
     while _serve(loaded) == "reload":
-        loaded = _reload(ctx, loaded)
+        loaded = _reload(loaded)
     log.info("stopped; the rules stay and keep serving")
 
 
@@ -67,7 +65,7 @@ def _serve(loaded: Loaded) -> str:
     from .. import sources
     from ..agent import Agent
     from ..backends import choose
-    from ..kernel import conntrack
+    from ..kernel import conntrack, host
     from ..kernel.links import local_addresses
     from ..kernel.sysctl import forwarding_problem
     from ..monitoring import Monitoring
@@ -83,6 +81,7 @@ def _serve(loaded: Loaded) -> str:
     except ValueError as error:
         raise Failure(str(error)) from None
     dataplane.prepare()
+    host.prepare_conntrack(settings)
     monitoring = Monitoring(settings, list(dataplane.backends), source, local_addresses)
     agent = Agent(
         settings,
@@ -118,7 +117,7 @@ def _serve(loaded: Loaded) -> str:
     return command
 
 
-def _reload(ctx: click.Context, loaded: Loaded) -> Loaded:
+def _reload(loaded: Loaded) -> Loaded:
     """Read the configuration again; a broken one is reported, and the old one stays."""
     try:
         fresh = load(loaded.config_file, loaded.flags)

@@ -70,6 +70,7 @@ class ApiServer:
             "endpoint-reconciler-type": "none",  # the Service `kubernetes` has no endpoints in the golden objects
             "service-cluster-ip-range": SERVICE_CIDRS,
             "authorization-mode": "RBAC",
+            "allow-privileged": "true",  # as in every cluster: network plugins and proxies need it
             "token-auth-file": os.fspath(self.folder / "tokens.csv"),
             "service-account-issuer": "https://kubernetes.default.svc",
             "service-account-key-file": os.fspath(self.folder / "sa.key"),
