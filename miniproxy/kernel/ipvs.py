@@ -438,13 +438,20 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 def _read(family: Family, runner: Runner, excluded: Sequence[Network] = ()) -> _Found:
     """What is ours but for iptables. Raises OSError, TransactionError."""
     addresses = links.addresses(family)
-    objects: list[Any] = [VirtualAddress(a) for a in sorted(addresses.virtual)]
+    objects: list[Any] = []
     if links.link_index(LINK):
         objects.append(DummyLink(LINK))
     in_sets = list(ipvs_text.parse_sets(ipset.save(runner), (set_name(name, family) for name in SETS)))
     objects += in_sets
     entries = {(ipvs_text.without_family(e.set), e.entry) for e in in_sets if isinstance(e, SetEntry)}
-    vips = {a for a in addresses.virtual if not any(ipaddress.ip_address(a) in network for network in excluded)}
+    # An excluded address is somebody else's, even on kube-ipvs0, unless our own set says that we put it there.
+    vips = {
+        address
+        for address in addresses.virtual
+        if ("KUBE-IPVS-IPS", address) in entries
+        or not any(ipaddress.ip_address(address) in network for network in excluded)
+    }
+    objects += [VirtualAddress(address) for address in sorted(vips)]
     draining = []
     with Ipvs.open() as ipvs:
         for server in ipvs.servers(family):

@@ -6,6 +6,7 @@ Every exception stands here by name, and is checked to be needed: see test_plann
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from miniproxy.model import Family
 from miniproxy.planner import ipvs
@@ -52,7 +53,7 @@ def entry_differences(got: Iterable[SetEntry]) -> list[str]:
     return _differences(want, {e: e for e in got if e.set not in ours})
 
 
-def _differences(want: Mapping[object, object], got: Mapping[object, object]) -> list[str]:
+def _differences(want: Mapping[Any, object], got: Mapping[Any, object]) -> list[str]:
     return [
         f"{key}\n  want {want.get(key)}\n  got  {got.get(key)}"
         for key in sorted({*want, *got}, key=str)

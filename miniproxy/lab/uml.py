@@ -1,0 +1,124 @@
+"""A kernel with IPVS on a machine without it: user-mode Linux, from Debian's package of that name.
+
+It runs a Linux kernel as an ordinary process, with this machine's files as its own, in about two seconds. Inside, a
+command is root of a machine with one processor and a network of its own; network namespaces, IPVS, ipset and
+iptables-legacy work there, the nft variant and nftables do not.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+KERNEL = "linux.uml"
+HOW_TO_GET_IT = "install Debian's package user-mode-linux, or load ip_vs into this machine's kernel (modprobe ip_vs)"
+_MODULES = Path("/usr/lib/uml/modules")
+
+# It must never turn off a real machine, hence the look at /proc/cpuinfo.
+_INIT = """#!/bin/sh
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+mount -t proc proc /proc
+grep -q 'User Mode Linux' /proc/cpuinfo || exit 1
+mount -t sysfs sysfs /sys
+mount -t tmpfs tmpfs /run
+mount --bind {modules} /lib/modules
+mkdir -p /dev/shm
+mount -t tmpfs tmpfs /dev/shm
+ip link set lo up
+modprobe ip_vs
+sysctl -qew net.ipv4.icmp_msgs_per_sec=100000 net.ipv4.icmp_msgs_burst=10000
+{environment}
+mount -t tmpfs tmpfs {temporary}
+export TMPDIR={temporary}
+cd {folder} && {command}
+echo $? >{code}
+echo o >/proc/sysrq-trigger
+sleep 10
+"""
+
+
+def has_ip_vs() -> bool:
+    """Whether this machine's own kernel has IPVS, or a module that can be loaded."""
+    if Path("/proc/net/ip_vs").exists():
+        return True
+    if shutil.which("modprobe"):
+        subprocess.run(["modprobe", "-q", "ip_vs"], check=False, capture_output=True)
+    return Path("/proc/net/ip_vs").exists()
+
+
+def available() -> bool:
+    """Whether user-mode Linux is installed."""
+    return shutil.which(KERNEL) is not None and _MODULES.is_dir()
+
+
+def inside() -> bool:
+    """Whether this process runs in user-mode Linux."""
+    return "User Mode Linux" in Path("/proc/cpuinfo").read_text()
+
+
+@contextmanager
+def machine(
+    argv: Sequence[str], *, environment: Mapping[str, str] | None = None, memory: str = "2G", log: IO[str] | int
+) -> Iterator[Machine]:
+    """Boots a machine that runs one command and is turned off when that ends; what both say goes to `log`.
+
+    The command sees this machine's files, its working directory and `environment`. At the end of the context the
+    machine is off, however it came to that. Needs root.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="miniproxy-uml-"))
+    code, init, temporary = folder / "code", folder / "init", folder / "tmp"
+    temporary.mkdir()
+    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in (environment or {}).items())
+    script = _INIT.format(
+        modules=_MODULES,
+        temporary=temporary,
+        environment=exports,
+        folder=shlex.quote(os.getcwd()),
+        command=shlex.join(argv),
+        code=shlex.quote(str(code)),
+    )
+    init.write_text(script)
+    init.chmod(0o755)
+    Path("/lib/modules").mkdir(exist_ok=True)  # somewhere to mount its own over
+    kernel = [
+        *("setpriv", "--pdeathsig", "KILL", KERNEL, "rootfstype=hostfs", "rootflags=/", "rw", f"init={init}"),
+        *(f"mem={memory}", "con=null", "con0=fd:0,fd:1", "quiet"),
+    ]
+    process = subprocess.Popen(
+        kernel, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        yield Machine(process, code)
+    finally:
+        _turn_off(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Machine:
+    """A running machine."""
+
+    def __init__(self, process: subprocess.Popen[bytes], code: Path) -> None:
+        self._process = process
+        self._code = code
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def wait(self) -> int:
+        """Until the command has ended; its exit code, or −1 when the machine ended before it."""
+        self._process.wait()
+        return int(self._code.read_text()) if self._code.exists() else -1
+
+
+def _turn_off(process: subprocess.Popen[bytes]) -> None:
+    """Its processes are processes of this machine too, all in one group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, 9)
+    process.wait()
