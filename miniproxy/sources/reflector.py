@@ -338,9 +338,12 @@ class Reflector:
 
     def _watch_ended(self, error: str) -> list[Change]:
         """As all watches do. If each one does so at once, that must be told, and not become a busy loop."""
-        if not self._healthy() and self._failures >= 3:
+        if self._healthy():
+            self._failures = 0
+            return self._well()
+        if self._failures >= 3:
             return self._failed(error or "the server ends each watch as soon as it has begun")
-        self._recover_or_back_off()
+        self._back_off()
         return []
 
     def _refused(self) -> list[Change]:
@@ -369,7 +372,10 @@ class Reflector:
         """The version expired; a page's token does too, when a list takes too long: the next one has no pages."""
         self._whole = bool(self._continue)
         self._relist("")
-        self._recover_or_back_off()
+        if self._healthy():
+            self._failures = 0
+        else:
+            self._back_off()
         return []
 
     def _relist(self, version: str | None = None) -> None:
@@ -406,12 +412,6 @@ class Reflector:
 
     def _healthy(self) -> bool:
         return self._status == 200 and self._clock() - self._accepted_at >= HEALTHY_SECONDS
-
-    def _recover_or_back_off(self) -> None:
-        if self._healthy():
-            self._failures = 0
-        else:
-            self._back_off()
 
     def _back_off(self) -> None:
         """Wait longer with each failure, and not as long as all the other nodes do."""
