@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from .model import Family, PortKey, Protocol, ServicePort
+from .model import Endpoint, Family, PortKey, Protocol, ServicePort
 
 CONNECTIONLESS: frozenset[Protocol] = frozenset({"UDP", "SCTP"})
 
@@ -23,7 +23,7 @@ class Flow(NamedTuple):
     protocol: Protocol
     destination: str
     port: int
-    endpoint: str
+    endpoint: str  # "10.244.1.5:53", "[fd00:244::5]:53": a target port that changes makes another endpoint
 
 
 class Stale(NamedTuple):
@@ -52,7 +52,7 @@ class Flows:
         self._served: dict[PortKey, _Served] = {}
 
     def change(self, key: PortKey, port: ServicePort | None, endpoints: Iterable[str]) -> list[Stale]:
-        """From now on these endpoint addresses serve the port; port None: it is gone."""
+        """From now on these endpoints serve the port; port None: it is gone."""
         if key[0].protocol not in CONNECTIONLESS:
             return []
         old = self._served.pop(key, None)
@@ -90,9 +90,9 @@ class Flows:
     def _untranslated(self, port: ServicePort) -> Iterator[Stale]:
         """Flows from before there was anybody to translate them to: they are "answered" by the address itself."""
         for ip in _addresses(port):
-            yield Stale(port.family, port.name.protocol, ip, port.port, ip)
+            yield Stale(port.family, port.name.protocol, ip, port.port, str(Endpoint(ip, port.port)))
         for ip in self._node_addresses(port.family) if port.node_port else ():
-            yield Stale(port.family, port.name.protocol, ip, port.node_port, ip)
+            yield Stale(port.family, port.name.protocol, ip, port.node_port, str(Endpoint(ip, port.node_port)))
 
 
 def _addresses(port: ServicePort) -> Iterable[str]:

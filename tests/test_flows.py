@@ -17,7 +17,7 @@ DNS = ServicePort(
     load_balancer_ips=("192.0.2.1",),
 )
 KEY = (DNS.name, Family.V4)
-A, B, C = "10.1.0.1", "10.1.0.2", "10.1.0.3"
+A, B, C = "10.1.0.1:5353", "10.1.0.2:5353", "10.1.0.3:5353"
 NODE = ("172.30.0.2", "127.0.0.1")
 
 
@@ -47,7 +47,7 @@ def test_flows_of_all_endpoints_when_scaled_to_zero_or_deleted(flows: Flows) -> 
 def test_flows_never_translated_when_somebody_serves_at_last(flows: Flows) -> None:
     flows.change(KEY, DNS, [])
     places = [("10.96.0.10", 53), ("192.0.2.1", 53), *((ip, 30053) for ip in NODE)]
-    untranslated = {Stale(Family.V4, "UDP", ip, port, ip) for ip, port in places}
+    untranslated = {Stale(Family.V4, "UDP", ip, port, f"{ip}:{port}") for ip, port in places}
     assert set(flows.change(KEY, DNS, [A])) == untranslated
     flows.change(KEY, DNS, [])
     assert untranslated <= set(flows.change(KEY, DNS, [B]))
@@ -57,6 +57,11 @@ def test_flows_to_an_address_that_goes_with_its_endpoint(flows: Flows) -> None:
     flows.change(KEY, DNS, [A])
     moved = msgspec.structs.replace(DNS, cluster_ip="10.96.0.11")
     assert Stale(Family.V4, "UDP", "10.96.0.10", 53, A) in flows.change(KEY, moved, [B])
+
+
+def test_flows_to_the_port_before_when_the_target_port_changes(flows: Flows) -> None:
+    flows.change(KEY, DNS, [A])
+    assert set(flows.change(KEY, DNS, ["10.1.0.1:5354"])) == answered_by(A)
 
 
 def test_tcp_is_left_alone(flows: Flows) -> None:
@@ -71,12 +76,12 @@ def test_what_went_stale_while_no_agent_ran(flows: Flows) -> None:
     def flow(to: str, port: int, by: str) -> Flow:
         return Flow(Family.V4, "UDP", to, port, by)
 
-    stale = [flow("10.96.0.10", 53, B), flow("172.30.0.2", 30053, B), flow("192.0.2.1", 53, "192.0.2.1")]
+    stale = [flow("10.96.0.10", 53, B), flow("172.30.0.2", 30053, B), flow("192.0.2.1", 53, "192.0.2.1:53")]
     right = [flow("10.96.0.10", 53, A), flow("127.0.0.1", 30053, A)]
-    others = [flow("8.8.8.8", 53, "8.8.8.8"), flow("8.8.8.8", 30053, "8.8.8.8"), flow("10.96.0.10", 54, B)]
+    others = [flow("8.8.8.8", 53, "8.8.8.8:53"), flow("8.8.8.8", 30053, "8.8.8.8:30053"), flow("10.96.0.10", 54, B)]
     assert flows.left_over(stale + right + others) == [Stale(*f) for f in stale]
 
 
 def test_an_address_nobody_serves_is_left_to_its_refusal(flows: Flows) -> None:
     flows.change(KEY, DNS, [])
-    assert flows.left_over([Flow(Family.V4, "UDP", "10.96.0.10", 53, "10.96.0.10")]) == []
+    assert flows.left_over([Flow(Family.V4, "UDP", "10.96.0.10", 53, "10.96.0.10:53")]) == []

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from ..flows import CONNECTIONLESS, Flow, Stale
-from ..model import Family, Protocol
+from ..model import Endpoint, Family, Protocol
 
 _NETLINK_NETFILTER = 12
 _CTNETLINK = 1 << 8
@@ -26,7 +26,7 @@ _TUPLE_ORIG, _TUPLE_REPLY, _FILTER = 1, 2, 25
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _IP_SRC = {Family.V4: 1, Family.V6: 3}
 _IP_DST = {Family.V4: 2, Family.V6: 4}
-_PROTO_NUM, _PROTO_DST_PORT = 1, 3
+_PROTO_NUM, _PROTO_SRC_PORT, _PROTO_DST_PORT = 1, 2, 3
 _FILTER_ORIG_FLAGS, _FILTER_PROTO_NUM, _FILTER_DST_PORT = 1, 1 << 3, 1 << 5
 _NESTED = 0x8000
 _AF = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
@@ -99,7 +99,9 @@ def _flow(family: Family, attributes: Attributes) -> Flow | None:
     to = _parse(original[_TUPLE_IP])[_IP_DST[family]]
     by = _parse(reply[_TUPLE_IP])[_IP_SRC[family]]
     (port,) = struct.unpack(">H", proto[_PROTO_DST_PORT])
-    return Flow(family, protocol, socket.inet_ntop(_AF[family], to), port, socket.inet_ntop(_AF[family], by))
+    (by_port,) = struct.unpack(">H", _parse(reply[_TUPLE_PROTO])[_PROTO_SRC_PORT])
+    endpoint = Endpoint(socket.inet_ntop(_AF[family], by), by_port)
+    return Flow(family, protocol, socket.inet_ntop(_AF[family], to), port, str(endpoint))
 
 
 def _delete(netlink: socket.socket, family: Family, tuple_: bytes) -> bool:

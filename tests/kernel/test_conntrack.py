@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from miniproxy.flows import Flow, Stale
-from miniproxy.model import Family
+from miniproxy.model import Endpoint, Family
 from tests.packets.topology import Namespace
 
 VIP = {Family.V4: ("10.96.0.10", "10.96.0.11"), Family.V6: ("fd00:96::10", "fd00:96::11")}
@@ -34,8 +34,12 @@ def fill(namespace: Namespace, family: Family, ports: tuple[int, ...] = (53, 54)
         argv += ["--sport", str(4000 + number), "--dport", str(port)]
         argv += ["--reply-port-src", "53", "--reply-port-dst", str(4000 + number)]
         namespace.run(*argv)
-        made.add(Flow(family, "UDP", vip, port, endpoint))
+        made.add(Flow(family, "UDP", vip, port, answer(endpoint)))
     return made
+
+
+def answer(ip: str) -> str:
+    return str(Endpoint(ip, 53))
 
 
 def call(namespace: Namespace, expression: str) -> Any:
@@ -73,7 +77,7 @@ def test_lists_what_is_there(namespace: Namespace, family: Family) -> None:
 def test_forgets_just_these(namespace: Namespace, family: Family, to: int | None, by: int | None) -> None:
     made = fill(namespace, family)
     destination = "" if to is None else VIP[family][to]
-    endpoint = "" if by is None else ENDPOINT[family][by]
+    endpoint = "" if by is None else answer(ENDPOINT[family][by])
     gone = {f for f in made if f.port == 53 and destination in ("", f.destination) and endpoint in ("", f.endpoint)}
     assert forget(namespace, Stale(family, "UDP", destination, 53, endpoint)) == len(gone)
     assert flows(namespace, family) == made - gone
