@@ -139,7 +139,7 @@ class Agent:
             return
         port, reservations = self._review(port)
         serving = categorize(port, self.tracker.endpoints(key), self.tracker.node)
-        self._note_flows(key, port, (e.ip for e in serving.reachable))
+        self._note_flows(key, port, map(str, serving.reachable))
         self._observer.planned(key, port, serving)
         node = msgspec.structs.replace(self.tracker.node, local=self._local.get(family, ()))
         reconciler.set(name, self.planner.plan(port, serving, self.settings, node))
