@@ -188,7 +188,9 @@ def affinity_chain(family: Family, group: Affinity) -> Chain:
         known = f"{to} . {slot} @occupied {to} . {saddr} . {as_mark} @clients"
         remembered.append(f"{known} update @clients {client(as_mark)} {go(slot)}")
         forgotten.append(f"delete @clients {{ {to} . {saddr} . {as_mark} }}")  # its endpoint is gone
-    probes = [f"jhash {saddr} mod {group.slots} seed {seed:#x} offset {first}" for seed in range(1, PROBES + 1)]
+    # Other seeds for another number of slots: the clients of a slot would share a few of twice as many.
+    seeds = range(group.slots * PROBES, (group.slots + 1) * PROBES)
+    probes = [f"jhash {saddr} mod {group.slots} seed {seed:#x} offset {first}" for seed in seeds]
     chosen = [f"{to} . {probe} @occupied update @clients {client(probe)} {go(probe)}" for probe in probes]
     # When no more clients can be remembered, they are served all the same.
     unremembered = [*map(go, probes), *(go(_constant(code)) for code in codes)]
@@ -210,6 +212,7 @@ class Frame:
         self.mark_bit = f"{settings.masquerade_mark:#010x}"
         self.mark = f"meta mark set meta mark | {self.mark_bit}"
         self.pods, self.not_pods = _pods(settings, node, family)
+        self.service_cidrs = settings.service_cidrs or node.service_cidrs
 
     def chains(self) -> Iterator[Chain]:
         yield from self.hooks()
@@ -244,7 +247,7 @@ class Frame:
             yield _chain("count", self.count())
 
     def filters(self) -> Iterator[Chain]:
-        cidrs = ", ".join(c for c in self.settings.service_cidrs if Family.of(c) is self.family)
+        cidrs = ", ".join(cidr for cidr in self.service_cidrs if Family.of(cidr) is self.family)
         unallocated = [(f"{self.ip} daddr {{ {cidrs} }} drop", "no such cluster IP")] if cidrs else []
         yield _chain("cluster-ips", [(f"{self.ip} daddr @cluster-ips reject", "no such port"), *unallocated])
         for name, to in (("refuse", self.to), ("refuse-node-port", self.to_port)):

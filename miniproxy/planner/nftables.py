@@ -186,7 +186,8 @@ class _ServicePlan:
 
     def frontends(self) -> Iterator[Frontend]:
         port = self.port
-        yield self.internal()
+        internal = self.local if port.internal_local else self.cluster
+        yield self.frontend(port.cluster_ip, port.port, "", internal, local_policy=port.internal_local)
         for address in port.external_ips:
             yield self.external(address, port.port)
         for address in port.load_balancer_ips:
@@ -195,18 +196,21 @@ class _ServicePlan:
         if port.node_port:
             yield self.external(ANY[port.family], port.node_port)
 
-    def internal(self) -> Frontend:
-        endpoints = self.local if self.port.internal_local else self.cluster
-        frontend = self.frontend(self.port.cluster_ip, self.port.port, local_policy=self.port.internal_local)
-        return frontend._replace(endpoints=endpoints)
-
     def external(self, address: str, number: int) -> Frontend:
-        frontend = self.frontend(address, number, local_policy=self.port.external_local)
         if self.port.external_local:
-            return frontend._replace(entry="external-local", endpoints=self.cluster, local=self.local)
-        return frontend._replace(entry="external", endpoints=self.cluster)
+            return self.frontend(address, number, "external-local", self.cluster, self.local, local_policy=True)
+        return self.frontend(address, number, "external", self.cluster, local_policy=False)
 
-    def frontend(self, address: str, number: int, *, local_policy: bool) -> Frontend:
+    def frontend(
+        self,
+        address: str,
+        number: int,
+        entry: Entry,
+        endpoints: tuple[str, ...],
+        local: tuple[str, ...] = (),
+        *,
+        local_policy: bool,
+    ) -> Frontend:
         refusal: Refusal = ""
         if not self.serving.any:
             refusal = "refused"  # at once, rather than a time-out
@@ -216,7 +220,10 @@ class _ServicePlan:
             address,
             self.port.name.protocol.lower(),
             number,
-            affinity=self.port.affinity_seconds,
+            entry,
+            endpoints,
+            local,
+            affinity=self.port.affinity_seconds if endpoints or local else 0,
             refusal=refusal,
             counted=self.settings.nftables_counters,
         )

@@ -1,0 +1,78 @@
+"""The nftables backend at work in a network namespace of its own, while the test stays outside."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from miniproxy.kernel.exec import Completed
+from miniproxy.kernel.netlink import Netlink
+from miniproxy.kernel.nfnetlink import open_netlink
+from miniproxy.kernel.nftables import Execute, Library, Nft, Nftables, Program
+from miniproxy.model import Family
+from tests.packets.topology import Namespace
+
+_CLONE_NEWNET = 0x40000000
+
+
+@contextmanager
+def entered(namespace: Namespace) -> Iterator[None]:
+    """This thread is in the namespace: what it opens belongs there for good."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    there = os.open(f"/proc/{namespace.pid}/ns/net", os.O_RDONLY)
+    try:
+        assert libc.setns(there, _CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+        try:
+            yield
+        finally:
+            assert libc.setns(home, _CLONE_NEWNET) == 0
+    finally:
+        os.close(home)
+        os.close(there)
+
+
+class Inside:
+    """Everything of the backend, in a namespace."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self.namespace = namespace
+        self.scripts: list[str] = []  # all that were run, whatever came of them
+
+    def runner(self, argv: Sequence[str], text: str = "", timeout: float = 60.0) -> Completed:
+        done = subprocess.run(self.namespace.command(argv), input=text, capture_output=True, text=True, timeout=timeout)
+        return Completed(done.returncode, done.stdout, done.stderr)
+
+    def library(self) -> Library:
+        with entered(self.namespace):
+            return Library.open()
+
+    def netlink(self) -> Netlink:
+        with entered(self.namespace):
+            return open_netlink()
+
+    def backend(self, family: Family, *, by_library: bool = True) -> Nftables:
+        program = Program(self.runner)
+        return Nftables(family, self.noting(Nft(program, self.library) if by_library else program), self.netlink)
+
+    def backends(self, *, by_library: bool = True) -> dict[Family, Nftables]:
+        return {family: self.backend(family, by_library=by_library) for family in Family}
+
+    def noting(self, execute: Execute) -> Execute:
+        def run(script: str) -> Completed:
+            self.scripts.append(script)
+            return execute(script)
+
+        return run
+
+    def nft(self, *argv: str, stdin: str = "") -> str:
+        return self.namespace.run("nft", *argv, stdin=stdin)
+
+
+@contextmanager
+def inside() -> Iterator[Inside]:
+    with Namespace.create() as namespace:
+        yield Inside(namespace)
