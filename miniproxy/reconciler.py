@@ -204,6 +204,9 @@ class Reconciler:
     def _set_aside(self, owner: Owner, error: TransactionError, run: _Run) -> None:
         if owner is None:
             raise error  # without the frame nothing works
+        if not run.transactions and not run.refused:
+            # Is it the service port, or does nothing work at all (its tool is broken, the disk is full)?
+            self.backend.apply(self.backend.render(()))
         self.aside[owner] = str(error)
         run.refused.append((owner, str(error)))
         if len(run.refused) >= _GIVE_UP and not run.transactions:

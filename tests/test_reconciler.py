@@ -7,7 +7,7 @@ import pytest
 from miniproxy.model import ServicePortName
 from miniproxy.planner.iptables import Chain, DispatchChain, DispatchRule
 from miniproxy.reconciler import Reconciler
-from miniproxy.transaction import TransactionError
+from miniproxy.transaction import Transaction, TransactionError
 from tests.fake_iptables import FakeIptables
 
 
@@ -150,6 +150,22 @@ def test_a_kernel_that_takes_nothing_is_not_blamed_on_the_services(
     kernel.refuses = lambda line: True
     with pytest.raises(TransactionError):
         reconciler.sync()
+
+
+def test_not_even_a_single_service_is_blamed_when_its_tool_takes_nothing(
+    reconciler: Reconciler, kernel: FakeIptables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(transaction: Transaction) -> None:
+        raise TransactionError("iptables-restore: cannot load a library")
+
+    reconciler.sync()
+    reconciler.set(name(2), objects(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "apply", broken)
+        with pytest.raises(TransactionError):
+            reconciler.sync()
+    assert reconciler.aside == {}
+    assert len(reconciler.sync().transactions) == 1
 
 
 def test_drift_is_found_and_repaired(reconciler: Reconciler, kernel: FakeIptables) -> None:
