@@ -65,11 +65,12 @@ def _serve(loaded: Loaded) -> str:
     from .. import sources
     from ..agent import Agent
     from ..backends import choose
-    from ..kernel import conntrack, host
+    from ..kernel import conntrack, host, links
     from ..kernel.links import local_addresses
     from ..kernel.sysctl import forwarding_problem
     from ..monitoring import Monitoring
     from ..syncloop import SyncLoop
+    from ..transaction import TransactionError
 
     settings = loaded.settings
     try:
@@ -80,7 +81,10 @@ def _serve(loaded: Loaded) -> str:
         dataplane = choose(settings)
     except ValueError as error:
         raise Failure(str(error)) from None
-    dataplane.prepare()
+    try:
+        dataplane.prepare()
+    except TransactionError as error:
+        raise Failure(str(error)) from None
     host.prepare_conntrack(settings)
     monitoring = Monitoring(settings, list(dataplane.backends), source, local_addresses)
     agent = Agent(
@@ -89,12 +93,13 @@ def _serve(loaded: Loaded) -> str:
         monitoring.backends(dataplane.backends),
         local_addresses=local_addresses,
         conntrack=monitoring.conntrack(conntrack),
+        review=dataplane.review,
         observer=monitoring.observer,
     )
     for problem in filter(None, map(forwarding_problem, agent.reconcilers)):
         log.warning("%s", problem)
 
-    loop = SyncLoop(agent, observer=monitoring.observer)
+    loop = SyncLoop(agent, observer=monitoring.observer, tick=dataplane.tick)
     stop = threading.Event()
     thread = threading.Thread(target=source.run, args=(loop.deliver, stop), name="source", daemon=True)
 
@@ -104,7 +109,9 @@ def _serve(loaded: Loaded) -> str:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, on_signal)
     monitoring.start(stop_agent=lambda: loop.inbox.put("stop"))
+    watcher = threading.Thread(target=links.watch, args=(loop.addresses_changed, stop.is_set), daemon=True)
     thread.start()
+    watcher.start()
     log.info("started", extra=fields(mode=settings.mode, node=settings.node_name, source=str(source)))
     try:
         command = loop.run()
