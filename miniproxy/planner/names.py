@@ -18,5 +18,6 @@ def endpoint_chain(name: ServicePortName, endpoint: Endpoint) -> str:
 
 
 def _digest(text: str) -> str:
-    # iptables limits chain names to 28 characters, hence the cut.
-    return base64.b32encode(hashlib.sha256(text.encode()).digest())[:16].decode()
+    # iptables limits chain names to 28 characters, hence the cut: 10 bytes are 16 characters. Cut first, since
+    # Python encodes in Python, and this is done for every endpoint.
+    return base64.b32encode(hashlib.sha256(text.encode()).digest()[:10]).decode()
