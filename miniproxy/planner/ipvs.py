@@ -104,7 +104,8 @@ class _ServicePlan:
         self.node = node
         self.protocol = port.name.protocol
         self.proto = port.name.protocol.lower()
-        self.scheduler, _, self.flags = (port.scheduler or settings.ipvs_scheduler).partition(",")
+        self.scheduler, *flags = (port.scheduler or settings.ipvs_scheduler).split(",")
+        self.flags = ",".join(sorted(set(flags)))  # in the kernel's order
         self.local = _own_addresses(node, port.family)
         self.node_ports = node_port_addresses(settings, node, port.family) if port.node_port else ()
         # Local policy without a local endpoint: outside traffic is dropped (KUBE-EXTERNAL-NO-LOCAL), while pods

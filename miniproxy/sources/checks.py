@@ -89,7 +89,8 @@ def proxyable(text: str, family: Family | None, special: re.Pattern[str]) -> tup
 _LABEL = re.compile(r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?")
 _SUBDOMAIN = re.compile(r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?(?:\.[a-z0-9](?:[-a-z0-9]*[a-z0-9])?)*")
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
-SCHEDULER_NAME = re.compile(r"[a-z0-9-]{1,15}")  # IP_VS_SCHEDNAME_MAXLEN is 16 with its NUL
+# A name (IP_VS_SCHEDNAME_MAXLEN is 16 with its NUL), with flags where the scheduler has some: "mh,mh-port".
+SCHEDULER_NAME = re.compile(r"[a-z0-9-]{1,15}|sh(,sh-(fallback|port)){1,2}|mh(,mh-(fallback|port)){1,2}")
 LABEL_RULE = "use at most 63 lower-case letters, digits and '-', with a letter or digit at both ends"
 SUBDOMAIN_RULE = "use at most 253 lower-case letters, digits, '-' and '.', with a letter or digit at both ends"
 LABEL_VALUE_RULE = "use at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends"

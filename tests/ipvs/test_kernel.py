@@ -263,6 +263,7 @@ def test_schedulers_by_annotation() -> None:
         assert [s.scheduler for s in space.servers()] == [name]
     node.apply(service("mh,mh-port,mh-fallback"))
     assert "-A -t 10.96.0.1:80 -s mh -b mh-fallback,mh-port" in run("ipvsadm", "-Sn")
+    assert node.agent.check() == dict.fromkeys(Family, 0)
     assert node.problems == []
 
 

@@ -18,6 +18,7 @@ from miniproxy.model import (
     Kind,
     Node,
     Object,
+    Service,
     ServicePort,
     ServicePortName,
 )
@@ -154,7 +155,7 @@ def test_node_ports_answer_on_these_addresses(accepted: tuple[str, ...], address
 
 @pytest.mark.parametrize(
     ("annotation", "scheduler", "flags"),
-    [("", "wrr", ""), ("lc", "lc", ""), ("mh,mh-fallback,mh-port", "mh", "mh-fallback,mh-port")],
+    [("", "wrr", ""), ("lc", "lc", ""), ("mh,mh-port,mh-fallback", "mh", "mh-fallback,mh-port")],
 )
 def test_scheduler(annotation: str, scheduler: str, flags: str) -> None:
     (server,) = (o for o in plan(settings(ipvs_scheduler="wrr"), scheduler=annotation) if isinstance(o, VirtualServer))
@@ -279,3 +280,22 @@ def test_what_is_ours() -> None:
         base._replace(address="198.18.7.7", port=30000),
     ):
         assert not owned(foreign, vips, own, entries)
+
+
+def annotated(value: str) -> ServicePort:
+    """A golden service with the annotation, as the API would serve it."""
+    found = next(o for o in json.loads(golden("services.json"))["items"] if o["metadata"]["name"] == "cip")
+    found["metadata"]["annotations"] = {"miniproxy.io/ipvs-scheduler": value}
+    service = convert(found, "Service").object
+    assert isinstance(service, Service)
+    return service.ports[0]
+
+
+@pytest.mark.parametrize("value", ["rr", "wlc", "my-own", "sh,sh-port", "mh,mh-port,mh-fallback"])
+def test_the_annotation_names_a_scheduler_and_its_flags(value: str) -> None:
+    assert annotated(value).scheduler == value
+
+
+@pytest.mark.parametrize("value", ["", "RR", "rr -p 1", "rr,mh-port", "sh,sh-what", "a" * 16, "mh,", "rr\n-D"])
+def test_other_annotations_are_not_taken(value: str) -> None:
+    assert annotated(value).scheduler == ""
