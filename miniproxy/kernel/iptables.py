@@ -28,7 +28,7 @@ class Iptables:
         self.layout = layout
         # One large transaction costs iptables-nft-restore super-linear time, and legacy a swap of the whole
         # table for each one: measured at 5,000 services × 2 endpoints (docs/performance.md).
-        self.batch = 250 if variant == "nft" else 0
+        self.batch = 500 if variant == "nft" else 0
         self._run = runner
 
     def read(self) -> dict[Any, IptablesObject]:
