@@ -319,6 +319,9 @@ def frame(
         " -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP"
     )
     guard_localhost = family is Family.V4 and settings.localhost_node_ports
+    # kube-proxy counts connections to NodePorts on 127.0.0.1 by a second rule for each NodePort, with nfacct. All of
+    # them come by here, marked, so one rule that does nothing counts them as well.
+    count = '-m conntrack --ctorigdst 127.0.0.0/8 -m comment --comment "count localhost NodePorts"'
     return (
         Chain("nat", MARK_MASQ, (f"-j MARK --set-xmark {mark}/{mark}",)),
         Chain(
@@ -326,6 +329,7 @@ def frame(
             "KUBE-POSTROUTING",
             (
                 f"-m mark ! --mark {mark}/{mark} -j RETURN",
+                *([count] if guard_localhost else ()),
                 # Cleared, so that a packet that is encapsulated and comes by again is not masqueraded twice.
                 f"-j MARK --set-xmark {mark}/0x0",
                 '-m comment --comment "kubernetes service traffic requiring SNAT" -j MASQUERADE --random-fully',
