@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 Protocol = Literal["TCP", "UDP", "SCTP"]
-Kind = Literal["Service", "EndpointSlice", "Node", "File", "API"]
+Kind = Literal["Service", "EndpointSlice", "Node", "ServiceCIDR", "File", "API"]
 ProblemKind = Literal["Refused", "Conflict", "SetAside", "FailedToStartServiceHealthcheck"]
 
 
@@ -178,6 +178,7 @@ class Node(msgspec.Struct, frozen=True):
     deleting: bool = False  # has a deletionTimestamp
     excluded_by_autoscaler: bool = False  # taint ToBeDeletedByClusterAutoscaler
     local: tuple[str, ...] = ()  # all addresses of its links but kube-ipvs0: what its kernel says, not the API
+    service_cidrs: tuple[str, ...] = ()  # where cluster IPs come from: what ServiceCIDRs say, the same on each node
 
     @property
     def ref(self) -> Ref:
@@ -188,7 +189,18 @@ class Node(msgspec.Struct, frozen=True):
         return next((ip for ip in self.ips if Family.of(ip) is family), "")
 
 
-Object = Service | EndpointSlice | Node
+class ServiceCIDR(msgspec.Struct, frozen=True):
+    """Ranges that cluster IPs are allocated from."""
+
+    name: str
+    cidrs: tuple[str, ...] = ()
+
+    @property
+    def ref(self) -> Ref:
+        return Ref("ServiceCIDR", "", self.name)
+
+
+Object = Service | EndpointSlice | Node | ServiceCIDR
 
 
 class Batch(msgspec.Struct, frozen=True):

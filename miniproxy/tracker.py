@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import msgspec
+
 from .model import (
     Batch,
     Endpoint,
@@ -20,6 +22,7 @@ from .model import (
     Protocol,
     Ref,
     Service,
+    ServiceCIDR,
     ServicePort,
     ServicePortName,
 )
@@ -36,6 +39,7 @@ class Tracker:
         self.synced = False
         self._services: dict[ServiceKey, Service] = {}
         self._ports: dict[PortKey, ServicePort] = {}
+        self._service_cidrs: dict[str, tuple[str, ...]] = {}
         self._slices: dict[Ref, EndpointSlice] = {}
         self._slices_of: dict[ServiceKey, dict[str, EndpointSlice]] = {}
         self._changed: set[PortKey] = set()
@@ -114,6 +118,8 @@ class Tracker:
             self._put_slice(obj.ref, obj)
         elif isinstance(obj, Service):
             self._put_service((obj.namespace, obj.name), obj)
+        elif isinstance(obj, ServiceCIDR):
+            self._put_service_cidr(obj.name, obj.cidrs)
         elif obj.name == self.node_name:
             self._put_node(obj)
 
@@ -122,6 +128,8 @@ class Tracker:
             self._put_slice(ref, None)
         elif ref.kind == "Service":
             self._put_service((ref.namespace, ref.name), None)
+        elif ref.kind == "ServiceCIDR":
+            self._put_service_cidr(ref.name, ())
         # A deleted Node object changes nothing: its last known zone and addresses keep serving.
 
     def _put_service(self, key: ServiceKey, new: Service | None) -> None:
@@ -174,7 +182,13 @@ class Tracker:
                 if port.family is found.family and (port.name.port, port.name.protocol) in named:
                     self._changed.add((port.name, port.family))
 
+    def _put_service_cidr(self, name: str, cidrs: tuple[str, ...]) -> None:
+        self._service_cidrs[name] = cidrs
+        self._put_node(self.node)
+
     def _put_node(self, node: Node) -> None:
+        cidrs = {cidr for cidrs in self._service_cidrs.values() for cidr in cidrs}
+        node = msgspec.structs.replace(node, service_cidrs=tuple(sorted(cidrs)))
         old, self.node = self.node, node
         if (old.zone, old.ips, old.pod_cidrs) != (node.zone, node.ips, node.pod_cidrs):
             self.touch_all()

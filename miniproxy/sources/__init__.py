@@ -45,4 +45,5 @@ def choose(settings: Settings) -> Source:
     from .apiserver import ApiServer
     from .kube import KubeSource
 
-    return KubeSource(ApiServer(settings.kubeconfig, settings.master), settings.node_name)
+    wants_cidrs = settings.mode == "nftables" and not settings.service_cidrs
+    return KubeSource(ApiServer(settings.kubeconfig, settings.master), settings.node_name, wants_cidrs)

@@ -28,8 +28,9 @@ STOP_SECONDS = 0.25  # how long `stop` may go unnoticed
 HANDFUL_SECONDS = 0.02  # what comes in so soon after a batch waits for the next one
 
 
-def resources(node_name: str) -> tuple[Resource, ...]:
+def resources(node_name: str, service_cidrs: bool) -> tuple[Resource, ...]:
     """What kube-proxy reads, selected as it does: not what another proxy serves, nothing headless."""
+    cidrs = Resource("ServiceCIDR", "/apis/networking.k8s.io/v1/servicecidrs", optional=True)  # since Kubernetes 1.33
     return (
         Resource(
             "Service",
@@ -43,14 +44,15 @@ def resources(node_name: str) -> tuple[Resource, ...]:
             label_selector="!service.kubernetes.io/headless",
         ),
         Resource("Node", "/api/v1/nodes", field_selector=f"metadata.name={node_name}"),
+        *([cidrs] if service_cidrs else []),
     )
 
 
 class KubeSource:
-    """Source of what an API server holds, for the agent of node `node_name`."""
+    """Source of what an API server holds, for the agent of node `node_name`; ServiceCIDRs where they are needed."""
 
-    def __init__(self, api: ApiServer, node_name: str) -> None:
-        self.reflectors = [Reflector(resource) for resource in resources(node_name)]
+    def __init__(self, api: ApiServer, node_name: str, service_cidrs: bool = False) -> None:
+        self.reflectors = [Reflector(resource) for resource in resources(node_name, service_cidrs)]
         self.api = api
 
     def __str__(self) -> str:

@@ -355,11 +355,8 @@ class Reflector:
             self._can_stream = False
             self._relist()
             return []
-        if code == 404 and self.resource.optional:
-            changes = [] if self.listed and not self._known else self._finish_list("0")
-            self._relist("0")
-            self._delay = UNSERVED_SECONDS * (0.5 + self._chance() / 2)
-            return changes
+        if self.resource.optional and (code == 404 or (code == 403 and not self.listed)):
+            return self._unserved()
         if code == 401 and self._failures == 0:  # most often there is a newer token already, and it is read now
             self._back_off()
             return []
@@ -367,6 +364,13 @@ class Reflector:
             self._relist("")
         message = f": {shown(status.message)}" if status.message else ""
         return self._failed(f"HTTP {code}{message}{_advice(code, self.resource)}")
+
+    def _unserved(self) -> list[Change]:
+        """What need not be there is not there: there may be a newer server, or more rights, one day."""
+        changes = self._finish_list("0") if self._known or not self.listed else []
+        self._relist("0")
+        self._delay = UNSERVED_SECONDS * (1 + self._chance()) / 2
+        return changes
 
     def _begin_anew(self) -> list[Change]:
         """The version expired; a page's token does too, when a list takes too long: the next one has no pages."""

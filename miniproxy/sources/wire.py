@@ -27,6 +27,7 @@ from ..model import (
     Protocol,
     Ref,
     Service,
+    ServiceCIDR,
     ServicePort,
     ServicePortName,
     SliceEndpoint,
@@ -48,14 +49,25 @@ from .checks import (
     subdomain,
 )
 
-API_VERSIONS: Mapping[str, str] = {"Service": "v1", "EndpointSlice": "discovery.k8s.io/v1", "Node": "v1"}
-_KNOWN: Mapping[str, Kind] = {"Service": "Service", "EndpointSlice": "EndpointSlice", "Node": "Node"}
+API_VERSIONS: Mapping[str, str] = {
+    "Service": "v1",
+    "EndpointSlice": "discovery.k8s.io/v1",
+    "Node": "v1",
+    "ServiceCIDR": "networking.k8s.io/v1",
+}
+_KNOWN: Mapping[str, Kind] = {
+    "Service": "Service",
+    "EndpointSlice": "EndpointSlice",
+    "Node": "Node",
+    "ServiceCIDR": "ServiceCIDR",
+}
 # kind of a list → kind of its items, which the API server leaves out there; None: each item states its own
 LIST_KINDS: Mapping[str, Kind | None] = {
     "List": None,
     "ServiceList": "Service",
     "EndpointSliceList": "EndpointSlice",
     "NodeList": "Node",
+    "ServiceCIDRList": "ServiceCIDR",
 }
 # A range that no packet can come from: limited broadcast, and a multicast address.
 NOBODY = {Family.V4: "255.255.255.255/32", Family.V6: "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff/128"}
@@ -208,6 +220,15 @@ class _Node(_Struct):
     status: _NodeStatus | None = None
 
 
+class _ServiceCIDRSpec(_Struct):
+    cidrs: list[str] | None = None
+
+
+class _ServiceCIDR(_Struct):
+    metadata: _Metadata | None = None
+    spec: _ServiceCIDRSpec | None = None
+
+
 class HeadMetadata(_Struct):
     namespace: str = ""
     name: str = ""
@@ -311,7 +332,7 @@ def _texts(raw: object, **keys: str) -> dict[str, str]:
 
 
 def _ref(kind: Kind, namespace: str, name: str) -> Ref:
-    return Ref(kind, "" if kind == "Node" else shown(namespace), shown(name))
+    return Ref(kind, "" if kind in ("Node", "ServiceCIDR") else shown(namespace), shown(name))
 
 
 def _kind(raw: object) -> tuple[Kind | None, Problem | None]:
@@ -781,16 +802,34 @@ def _node_ips(status: _NodeStatus | None, report: _Report) -> tuple[str, ...]:
 
 
 def _pod_cidrs(spec: _NodeSpec, report: _Report) -> tuple[str, ...]:
-    texts = spec.pod_cidrs or ([spec.pod_cidr] if spec.pod_cidr else [])
+    if spec.pod_cidrs:
+        return _cidrs(spec.pod_cidrs, "spec.podCIDRs[{}]", report)
+    return _cidrs([spec.pod_cidr] if spec.pod_cidr else [], "spec.podCIDR", report)
+
+
+def _cidrs(texts: list[str], path: str, report: _Report) -> tuple[str, ...]:
+    """Those that are ranges. `path` has a {} where the index goes."""
     good: dict[str, None] = {}
     for i, text in enumerate(texts):
         canonical = cidr(text)
         if canonical:
             good[canonical] = None
         else:
-            path = f"spec.podCIDRs[{i}]" if spec.pod_cidrs else "spec.podCIDR"
-            report.add(path, f"{quote(text)} is not an address range: write one such as 10.128.1.0/24")
+            report.add(path.format(i), f"{quote(text)} is not an address range: write one such as 10.128.1.0/24")
     return tuple(good)
+
+
+# --- ServiceCIDR ------------------------------------------------------------------------------------------
+
+
+def _service_cidr(wire: _ServiceCIDR) -> Converted:
+    metadata = wire.metadata or _Metadata()
+    name = metadata.name or ""
+    report = _Report(_ref("ServiceCIDR", "", name))
+    if not _identity(report, metadata, subdomain, SUBDOMAIN_RULE, namespaced=False):
+        return report.refuse()
+    texts = (wire.spec.cidrs if wire.spec else None) or []
+    return report.done(ServiceCIDR(name, _cidrs(texts, "spec.cidrs[{}]", report)))
 
 
 _HEAD = msgspec.json.Decoder(Head)
@@ -798,4 +837,5 @@ _KINDS: Mapping[Kind, tuple[type, msgspec.json.Decoder[Any], Callable[[Any], Con
     "Service": (_Service, msgspec.json.Decoder(_Service), _service),
     "EndpointSlice": (_EndpointSlice, msgspec.json.Decoder(_EndpointSlice), _endpoint_slice),
     "Node": (_Node, msgspec.json.Decoder(_Node), _node),
+    "ServiceCIDR": (_ServiceCIDR, msgspec.json.Decoder(_ServiceCIDR), _service_cidr),
 }

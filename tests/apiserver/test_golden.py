@@ -13,7 +13,7 @@ from tests.golden_rules import GOLDEN
 from tests.packets.agent import GOLDEN_RULES, OBJECTS, Agent, rule_differences, running
 from tests.packets.topology import ROOT, Network, network
 
-from .server import ApiServer, api_server
+from .server import SERVICE_CIDRS, ApiServer, api_server
 
 VARIANT = "nft"
 
@@ -144,3 +144,12 @@ def test_what_changed_while_the_server_was_away_reaches_the_kernel(cluster: Clus
     np = next(thing for thing in golden_objects("services.json") if _name(thing) == ("feat", "np"))
     cluster.api.kubectl("create", "-f", "-", stdin=_list([cip, np]))
     settle(cluster)
+
+
+def test_plan_reads_the_server_too(cluster: Cluster) -> None:
+    """And where cluster IPs come from, which matters to nftables mode."""
+    argv = [sys.executable, "-m", "miniproxy", "plan", "--proxy-mode=nftables", "--hostname-override=n1"]
+    text = cluster.network.node.run(*argv, f"--kubeconfig={cluster.api.folder / 'agent.kubeconfig'}")
+    for cidr in SERVICE_CIDRS.split(","):
+        assert cidr in text
+    assert "10.97.0.1" in text

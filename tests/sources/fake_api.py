@@ -22,6 +22,7 @@ PATHS = {
     "Service": "/api/v1/services",
     "EndpointSlice": "/apis/discovery.k8s.io/v1/endpointslices",
     "Node": "/api/v1/nodes",
+    "ServiceCIDR": "/apis/networking.k8s.io/v1/servicecidrs",
 }
 KINDS = {path: kind for kind, path in PATHS.items()}
 
@@ -235,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
         trouble = self.fake.trouble(parts.path)
         if self.fake.token and self.headers.get("authorization") != f"Bearer {self.fake.token}":
             trouble = "401"
-        if trouble in ("429", "500", "503", "410", "401"):
+        if trouble.isdigit():
             self._whole(failure(int(trouble), f"trouble {trouble}"))
         elif trouble == "silence":
             self._until_stopped()

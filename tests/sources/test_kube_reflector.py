@@ -238,7 +238,7 @@ def test_half_a_list_is_not_all(talk: Conversation) -> None:
 
 
 def test_an_optional_resource_that_is_not_served_counts_as_listed() -> None:
-    talk = Conversation(SERVICES._replace(path="/apis/networking.k8s.io/v1/servicecidrs", optional=True))
+    talk = Conversation(SERVICES._replace(path="/apis/example.org/v1/services", optional=True))
     talk.exchange()
     assert talk.reflector.listed
     talk.ask()

@@ -51,8 +51,8 @@ def store() -> Store:
 class Watching:
     """A running source, and an agent's tracker fed by it."""
 
-    def __init__(self, api: ApiServer) -> None:
-        self.source = KubeSource(api, "n1")
+    def __init__(self, api: ApiServer, service_cidrs: bool = False) -> None:
+        self.source = KubeSource(api, "n1", service_cidrs)
         self.tracker = Tracker("n1")
         self.problems = Problems()
         self.batches: list[Batch] = []
@@ -135,6 +135,14 @@ def api(store: Store) -> Iterator[FakeApi]:
         yield server
 
 
+SERVICE_CIDRS = "/apis/networking.k8s.io/v1/servicecidrs"
+
+
+def service_cidr(name: str, *cidrs: str) -> Any:
+    metadata = {"name": name}
+    return {"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": metadata, "spec": {"cidrs": cidrs}}
+
+
 def change_something(store: Store, chance: random.Random) -> None:
     name = chance.choice("abcdef")
     number = 1 + ord(name) - ord("a")
@@ -167,7 +175,7 @@ def test_what_there_is_and_what_happens_then(api: FakeApi, store: Store) -> None
         assert not watching.troubles()
 
 
-@pytest.mark.parametrize("missing", PATHS)
+@pytest.mark.parametrize("missing", ["Service", "EndpointSlice", "Node"])
 def test_synced_only_when_all_lists_have_arrived(api: FakeApi, store: Store, missing: str) -> None:
     broken = threading.Event()
     api.trouble = lambda path: "" if broken.is_set() or path != PATHS[missing] else "500"
@@ -226,8 +234,9 @@ def test_the_server_is_away_and_comes_back_with_another_state(api: FakeApi, stor
     with Watching(ApiServer(master=api.url)) as watching:
         watching.until(lambda: watching.equals(store))
         api.stop()
-        watching.until(lambda: len(watching.troubles()) == 3)
-        assert all("Connection refused" in problem.reason for problem in watching.troubles())
+        watching.until(
+            lambda: ["Connection refused" in problem.reason for problem in watching.troubles()] == [True] * 3
+        )
         store.delete("Service", "default", "web")
         store.put(service("other", 3))
         store.put(endpoint_slice("web-1", 7))
@@ -238,7 +247,7 @@ def test_the_server_is_away_and_comes_back_with_another_state(api: FakeApi, stor
 
 
 def test_a_silent_connection_is_dead(api: FakeApi, store: Store) -> None:
-    silent = set(PATHS.values())
+    silent = {PATHS[kind] for kind in ("Service", "EndpointSlice", "Node")}
 
     def once_each(path: str) -> str:
         watching = not silent.isdisjoint({path}) and len(api.requests) > 3
@@ -278,6 +287,27 @@ def test_stopping_does_not_wait_for_a_silent_server(
     for thread in left:
         thread.join(PATIENCE_SECONDS)
         assert not thread.is_alive()
+
+
+def test_service_cidrs_are_told_by_the_node(api: FakeApi, store: Store) -> None:
+    store.put(service_cidr("kubernetes", "10.96.0.0/12", "fd00:10:96::/108"))
+    with Watching(ApiServer(master=api.url), service_cidrs=True) as watching:
+        watching.until(lambda: watching.equals(store))
+        assert watching.tracker.node.service_cidrs == ("10.96.0.0/12", "fd00:10:96::/108")
+        store.put(node("n1"))
+        store.put(service_cidr("more", "10.200.0.0/16"))
+        store.delete("ServiceCIDR", "", "kubernetes")
+        watching.until(lambda: watching.tracker.node.service_cidrs == ("10.200.0.0/16",))
+        watching.until(lambda: watching.equals(store))
+
+
+@pytest.mark.parametrize("refusal", ["404", "403"])
+def test_service_cidrs_need_not_be_there(api: FakeApi, store: Store, refusal: str) -> None:
+    api.trouble = lambda path: refusal if path == SERVICE_CIDRS else ""
+    with Watching(ApiServer(master=api.url), service_cidrs=True) as watching:
+        watching.until(lambda: watching.equals(store))
+        assert SERVICE_CIDRS in {asked.partition("?")[0] for asked in api.requests}
+        assert not watching.troubles()
 
 
 # --- the way to the server --------------------------------------------------------------------------------
@@ -348,3 +378,17 @@ def test_the_settings_choose_the_source(monkeypatch: pytest.MonkeyPatch) -> None
         choose(Settings())
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
     assert str(choose(Settings(node_name="n1"))) == "API server by service account"
+
+
+@pytest.mark.parametrize(
+    ("settings", "followed"),
+    [
+        (Settings(kubeconfig="/k"), False),
+        (Settings(kubeconfig="/k", mode="nftables"), True),
+        (Settings(kubeconfig="/k", mode="nftables", service_cidrs=("10.96.0.0/12",)), False),
+    ],
+)
+def test_service_cidrs_are_followed_where_they_are_of_use(settings: Settings, followed: bool) -> None:
+    source = choose(settings)
+    assert isinstance(source, KubeSource)
+    assert ("servicecidrs" in source.relists) is followed

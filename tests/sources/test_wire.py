@@ -22,6 +22,7 @@ from miniproxy.model import (
     Problem,
     Ref,
     Service,
+    ServiceCIDR,
     ServicePort,
     ServicePortName,
     SliceEndpoint,
@@ -381,6 +382,19 @@ def test_head_and_identity_of_anything() -> None:
     assert identify(b"{}") == Ref("File", "", "")
 
 
+def test_service_cidrs_without_those_that_are_none() -> None:
+    thing = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "ServiceCIDR",
+        "metadata": {"name": "kubernetes"},
+        "spec": {"cidrs": ["10.96.0.1/12", "nonsense", "FD00:10:96::/108"]},
+    }
+    found, problems = both(thing)
+    assert found == ServiceCIDR("kubernetes", ("10.96.0.0/12", "fd00:10:96::/108"))
+    assert [problem.field for problem in problems] == ["spec.cidrs[1]"]
+    assert both(put(thing, "metadata.name", "")).object is None
+
+
 # --- anything at any field --------------------------------------------------------------------------------
 
 TEXT = st.one_of(
@@ -438,7 +452,7 @@ def test_anything_at_any_field_yields_a_valid_object_or_a_problem(thing: Any) ->
 
 
 @settings(max_examples=300, deadline=None)
-@given(ANYTHING, st.sampled_from(["Service", "EndpointSlice", "Node", None]))
+@given(ANYTHING, st.sampled_from(["Service", "EndpointSlice", "Node", "ServiceCIDR", None]))
 def test_anything_at_all_is_survived(thing: Any, kind: Any) -> None:
     for raw in (thing, json.dumps(thing).encode()):
         converted = convert(raw, kind)
@@ -498,6 +512,10 @@ def assert_valid(thing: Object) -> None:
             assert endpoint.node == "" or DOTTED.fullmatch(endpoint.node)
             for hint in (*endpoint.zone_hints, *endpoint.node_hints):
                 assert re.fullmatch(r"[A-Za-z0-9._-]+", hint)
+    elif isinstance(thing, ServiceCIDR):
+        assert DOTTED.fullmatch(thing.name)
+        for text in thing.cidrs:
+            assert_range(text, Family.of(text))
     else:
         assert DOTTED.fullmatch(thing.name)
         assert re.fullmatch(r"[A-Za-z0-9._-]*", thing.zone)
