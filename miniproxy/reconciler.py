@@ -8,6 +8,7 @@ the number of services, and nothing that is right is ever written again.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from .model import ServicePortName
@@ -156,13 +157,16 @@ class Reconciler:
     def _batches(self) -> list[dict[Owner, list[Hashable]]]:
         """Dirty keys by owner, cut into transactions of whole owners.
 
-        The frame and default/kubernetes, through which pods reach the API server, come first; what nobody
-        wants comes last, since others may refer to it until they are rewritten.
+        The frame and default/kubernetes, through which pods reach the API server, come first, and where one
+        transaction is not enough they do not wait for others (kubernetes#133773); what nobody wants comes last, since
+        others may refer to it until they are rewritten.
         """
         by_owner = self._by_owner()
         owners = sorted(by_owner, key=_urgency)
         size = self.backend.batch or len(owners) or 1
-        return [{o: by_owner[o] for o in owners[i : i + size]} for i in range(0, len(owners), size)]
+        urgent = sum(_urgency(owner) < 2 for owner in owners) if len(owners) > size else 0
+        cuts = [0, *range(urgent or size, len(owners), size), len(owners)]
+        return [{o: by_owner[o] for o in owners[start:end]} for start, end in pairwise(cuts) if start < end]
 
     def _by_owner(self) -> dict[Owner, list[Hashable]]:
         by_owner: dict[Owner, list[Hashable]] = {}

@@ -359,7 +359,7 @@ class IpvsBackend:
     A transaction of several parts is not atomic; after a failure the reconciler reads what there is.
     """
 
-    batch = 1000  # service ports in one transaction, so that the API server's is complete before the last ones begin
+    batch = 2500  # a program or two run for each transaction; on a cold start, pods meanwhile reach the API server
 
     def __init__(
         self, family: Family, settings: Settings, iptables: Iptables, draining: Draining, runner: Runner = run

@@ -145,15 +145,17 @@ def render(changes: Sequence[Change]) -> Transaction:
         kind = change.key[0]
         by_kind[kind if kind in ("link", "address", "set", "entry", "ipvs") else "iptables"].append(change)
     sets = by_kind["set"]
+    # ipset puts neighbours of one set into one message.
+    entries = sorted(by_kind["entry"], key=lambda change: change.key[1])
     sections = (
         Section("ip", [f"addr del {_address(c)}" for c in by_kind["address"] if c.after is None]),
         Section("ipvsadm", [f"-D {_service(c.before)}" for c in by_kind["ipvs"] if c.after is None]),
         Section(
             "ipset",
             [
-                *(f"del {c.before.set} {c.before.entry}" for c in by_kind["entry"] if c.after is None),
+                *(f"del {c.before.set} {c.before.entry}" for c in entries if c.after is None),
                 *(_create(c.after) for c in sets if c.after is not None),
-                *(f"add {c.after.set} {c.after.entry}" for c in by_kind["entry"] if c.after is not None),
+                *(f"add {c.after.set} {c.after.entry}" for c in entries if c.after is not None),
             ],
         ),
         Section("iptables", rules.render(by_kind["iptables"]).text.splitlines()),
