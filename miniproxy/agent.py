@@ -78,6 +78,7 @@ class Agent:
         self._clock = clock
         self._planned_for: Node | None = None
         self._suspect: set[Family] = set(backends)  # whose kernel state has to be read before it is written
+        self._planning = dict.fromkeys(backends, 0.0)  # seconds spent on it since the last sync
         self._compared: set[Family] = set()  # whose kernel state has been read since the last sync
 
     def handle(self, batch: Batch) -> None:
@@ -89,12 +90,20 @@ class Agent:
         """Bring what should be up to date with what is known: work in proportion to what changed."""
         if self._planned_for != self.tracker.node:
             self.plan_frame()
-        for key in self.tracker.take():
-            try:
-                self._plan(key)
-            except Exception:
-                # A fault in our own code must cost the one port it shows with, whose old rules keep serving.
-                log.exception("cannot plan %s: please report this", key[0], extra=fields(family=key[1]))
+        touched = self.tracker.take()
+        for family in self.reconcilers:
+            start = self._clock()
+            for key in touched:
+                if key[1] is family:
+                    self._plan_safely(key)
+            self._planning[family] += self._clock() - start
+
+    def _plan_safely(self, key: PortKey) -> None:
+        try:
+            self._plan(key)
+        except Exception:
+            # A fault in our own code must cost the one port it shows with, whose old rules keep serving.
+            log.exception("cannot plan %s: please report this", key[0], extra=fields(family=key[1]))
 
     def plan_frame(self) -> None:
         """Plan what does not belong to a service; it depends on the node and its addresses."""
@@ -149,7 +158,8 @@ class Agent:
         self._state(family, name, [*reasons, *reservations], "Conflict" if reasons else "Refused")
 
     def _sync(self, family: Family, reconciler: Reconciler) -> Synced:
-        start = self._clock()
+        start = self._clock() - self._planning[family]
+        self._planning[family] = 0.0
         full = family in self._suspect | self._compared
         self._compared.discard(family)
         try:

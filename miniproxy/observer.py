@@ -26,7 +26,7 @@ class Synced(NamedTuple):
     family: Family
     result: Result | None  # None: failed, and `error` says why
     error: str = ""
-    seconds: float = 0.0  # planning left out: it is done for all families at once
+    seconds: float = 0.0  # planning and writing
     full: bool = False  # the kernel was read back and all of it compared, not just what changed
 
 
