@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from tests.packets.topology import ROOT, Network, network
 from .server import SERVICE_CIDRS, ApiServer, api_server
 
 VARIANT = "nft"
+TOKEN = ("create", "token", "miniproxy", "--namespace=kube-system")
 
 
 class Cluster(NamedTuple):
@@ -31,7 +33,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with network([]) as net, api_server(net.node, folder / "server") as api:
         create_golden_objects(api)
         api.kubectl("apply", "-f", str(ROOT / "deploy/base/rbac.yaml"))
-        token = api.kubectl("create", "token", "miniproxy", "--namespace=kube-system").strip()
+        token = api.kubectl(*TOKEN).strip()
         argv = [sys.executable, "-m", "miniproxy", "run", "--config", str(GOLDEN / "config.yaml")]
         argv += ["--hostname-override=n1", f"--iptables-variant={VARIANT}"]
         argv += [f"--kubeconfig={api.kubeconfig('agent', token)}"]
@@ -146,10 +148,30 @@ def test_what_changed_while_the_server_was_away_reaches_the_kernel(cluster: Clus
     settle(cluster)
 
 
+PLAN = [sys.executable, "-m", "miniproxy", "plan", "--proxy-mode=nftables", "--hostname-override=n1"]
+
+
 def test_plan_reads_the_server_too(cluster: Cluster) -> None:
     """And where cluster IPs come from, which matters to nftables mode."""
-    argv = [sys.executable, "-m", "miniproxy", "plan", "--proxy-mode=nftables", "--hostname-override=n1"]
-    text = cluster.network.node.run(*argv, f"--kubeconfig={cluster.api.folder / 'agent.kubeconfig'}")
+    text = cluster.network.node.run(*PLAN, f"--kubeconfig={cluster.api.folder / 'agent.kubeconfig'}")
     for cidr in SERVICE_CIDRS.split(","):
         assert cidr in text
     assert "10.97.0.1" in text
+
+
+def test_in_a_pod_the_service_account_is_enough(cluster: Cluster) -> None:
+    node, token = cluster.network.node, cluster.api.kubectl(*TOKEN).strip()
+    authority = str(cluster.api.folder / "certs/apiserver.crt")
+    secrets = "/var/run/secrets/kubernetes.io/serviceaccount"  # /run is the node's own here
+    node.run("sh", "-c", f"mkdir -p {secrets} && cp {authority} {secrets}/ca.crt && cat > {secrets}/token", stdin=token)
+    text = node.run("env", "KUBERNETES_SERVICE_HOST=127.0.0.1", "KUBERNETES_SERVICE_PORT=6443", *PLAN)
+    assert "10.97.0.1" in text
+
+
+def test_plan_says_why_it_cannot_read_the_server(cluster: Cluster) -> None:
+    nobody = cluster.api.kubeconfig("nobody", "no such token")
+    argv = cluster.network.node.command([*PLAN, f"--kubeconfig={nobody}"])
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "HTTP 401" in done.stderr
+    assert "Traceback" not in done.stderr
