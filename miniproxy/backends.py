@@ -9,7 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 from .agent import Planner, Review
-from .config import Settings
+from .config import Mode, Settings
 from .graceful import Draining
 from .kernel import iptables as kernel_iptables
 from .kernel import ipvs as kernel_ipvs
@@ -97,8 +97,22 @@ def _finish(family: Family, servers: Draining) -> None:
         log.warning("cannot look after real servers on their way out: %s", error, extra=fields(family=family))
 
 
-def cleanup() -> tuple[dict[str, int], list[str]]:
-    """Remove what is ours from every mode's kernel state: objects removed by place, and what failed."""
+def leave_other_modes(mode: Mode) -> None:
+    """Remove what an agent in another mode has left: called when this mode's rules are all in place, so that every
+    connection finds the one or the other. Where both are, the older ones are asked first, and both say the same.
+    """
+    counts, errors = cleanup(keep=mode)
+    for place, count in counts.items():
+        if count:
+            log.info("removed what another mode had left", extra=fields(place=place, objects=count))
+    for error in errors:
+        log.warning("cannot remove what another mode has left: %s", error)
+
+
+def cleanup(keep: Mode | None = None) -> tuple[dict[str, int], list[str]]:
+    """Remove what is ours from every mode's kernel state, or every mode's but one: objects removed by place, and
+    what failed.
+    """
     counts: dict[str, int] = {}
     errors: list[str] = []
     variants: tuple[Variant, ...] = ("nft", "legacy")
@@ -110,10 +124,14 @@ def cleanup() -> tuple[dict[str, int], list[str]]:
             if not error.transient:  # the tool is not installed, or the kernel does not have such a thing
                 errors.append(str(error))
 
-    attempt("ipvs", kernel_ipvs.cleanup_servers)
+    if keep != "ipvs":
+        attempt("ipvs", kernel_ipvs.cleanup_servers)
     for family in Family:
-        for variant in variants:
+        # iptables and IPVS mode share chains: each removes what it finds of the other.
+        for variant in variants if keep in (None, "nftables") else ():
             attempt(f"iptables-{variant} {family}", partial(kernel_iptables.cleanup, family, variant))
-        attempt(f"nftables {family}", partial(kernel_nftables.cleanup, family))
-    attempt("ipset", kernel_ipvs.cleanup_sets)
+        if keep != "nftables":
+            attempt(f"nftables {family}", partial(kernel_nftables.cleanup, family))
+    if keep != "ipvs":
+        attempt("ipset", kernel_ipvs.cleanup_sets)
     return counts, errors

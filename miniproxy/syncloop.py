@@ -63,6 +63,7 @@ class SyncLoop:
         *,
         observer: Observer | None = None,
         tick: Callable[[], float] = lambda: float("inf"),
+        settled: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.agent = agent
@@ -70,6 +71,7 @@ class SyncLoop:
         self._observer = observer or Observer()
         self._tick = tick  # does what is due besides syncing; says when to be called again, by the clock
         self._tick_at = float("inf")
+        self._settled: Callable[[], None] | None = settled  # to be called once, when everything has been written
         self._clock = clock
         self._taken = 0  # batches folded in
         now = clock()
@@ -152,6 +154,9 @@ class SyncLoop:
         else:
             self._failures = 0
             self._retry_at = None
+            if self._settled:
+                self._settled()
+                self._settled = None
         self._observer.synced(results, self.agent.tracker.take_triggers(), took, self._taken)
 
     def _check(self, now: float) -> None:
