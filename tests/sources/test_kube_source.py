@@ -313,7 +313,8 @@ def test_service_cidrs_need_not_be_there(api: FakeApi, store: Store, refusal: st
 # --- the way to the server --------------------------------------------------------------------------------
 
 
-def test_a_token_that_is_rotated(api: FakeApi, store: Store, tmp_path: Path) -> None:
+def test_a_token_that_is_rotated(api: FakeApi, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kube, "SILENCE_SECONDS", 3600.0)  # no other reason to read everything again
     token = tmp_path / "token"
     token.write_text("first")
     api.token = "first"
