@@ -20,7 +20,7 @@ start_proxy() {
 # End what start_proxy started; the rules stay, unless the caller flushes them.
 stop_proxy() {
     local i
-    [[ ! -e $STATE/daemonset ]] || kubectl delete --ignore-not-found --wait -k "$STATE/daemonset" >/dev/null
+    [[ ! -e $STATE/daemonset ]] || kubectl delete --ignore-not-found --cascade=foreground -k "$STATE/daemonset" >/dev/null
     rm -rf "$STATE/daemonset"
     for i in $(seq "$(nodes)"); do
         [[ -e $STATE/n$i/proxy.pid ]] || continue

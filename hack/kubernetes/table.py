@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""table.py [--markdown] JUNIT.xml...: what e2e tests did, one line for each that ran, sorted by name.
+"""table.py FOLDER: what e2e tests did, one line for each that ran, sorted by name; exits 1 if one failed.
+table.py LABEL=FOLDER...: several runs side by side, as the Markdown of docs/conformance.md.
 
-Exits 1 if one failed. Tables of two runs can be compared with diff.
+A folder is one that hack/conformance wrote; its JUnit files are read.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -20,9 +23,12 @@ class Row(NamedTuple):
     message: str = ""
 
 
-def rows(files: list[str]) -> list[Row]:
-    cases = (case for file in files for case in ElementTree.parse(file).getroot().iter("testcase"))
-    return sorted(row for case in cases if (row := _row(case)))
+def rows(folder: Path) -> list[Row]:
+    cases = (case for file in folder.rglob("junit*.xml") for case in ElementTree.parse(file).iter("testcase"))
+    found = sorted(row for case in cases if (row := _row(case)))
+    if not found:
+        raise SystemExit(f"table.py: no test ran in {folder}")
+    return found
 
 
 def _row(case: ElementTree.Element) -> Row | None:
@@ -45,27 +51,31 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:200]
 
 
-def text(table: list[Row]) -> str:
-    lines = [f"{r.result:4} {r.seconds:6.1f}  {r.name}{f'   -- {r.message}' if r.message else ''}" for r in table]
-    return "\n".join([*lines, total(table)])
+def lines(table: Iterable[Row]) -> list[str]:
+    return [f"{r.result:4} {r.seconds:6.1f}  {r.name}{f'   -- {r.message}' if r.message else ''}" for r in table]
 
 
-def markdown(table: list[Row]) -> str:
-    lines = [f"| {r.name} | {r.result}{f': {r.message}' if r.message else ''} | {r.seconds:.0f} |" for r in table]
-    return "\n".join(["| test | result | seconds |", "|---|---|---|", *lines, "", total(table)])
-
-
-def total(table: list[Row]) -> str:
+def total(table: Iterable[Row]) -> str:
     counts = Counter(row.result for row in table)
-    seconds = sum(row.seconds for row in table)
-    told = f"{counts['pass']} passed, {counts['FAIL']} failed, {counts['skip']} skipped"
-    return f"total: {told}; {seconds:.0f} s of tests"
+    return f"{counts['pass']} passed, {counts['FAIL']} failed, {counts['skip']} skipped"
+
+
+def side_by_side(runs: Mapping[str, list[Row]]) -> list[str]:
+    results = {label: {row.name: row.result for row in table} for label, table in runs.items()}
+    names = sorted({name for by_name in results.values() for name in by_name})
+    body = [[name, *(by_name.get(name, "") for by_name in results.values())] for name in names]
+    head = [["test", *runs], ["---"] * (len(runs) + 1)]
+    totals = [["**all**", *(f"**{total(table)}**" for table in runs.values())]]
+    return [f"| {' | '.join(cells)} |" for cells in (*head, *body, *totals)]
 
 
 def main(arguments: list[str]) -> int:
-    files = [argument for argument in arguments if argument != "--markdown"]
-    table = rows(files)
-    print(markdown(table) if "--markdown" in arguments else text(table))
+    if "=" in arguments[0]:
+        pairs = (argument.split("=", 1) for argument in arguments)
+        print(*side_by_side({label: rows(Path(folder)) for label, folder in pairs}), sep="\n")
+        return 0
+    table = rows(Path(arguments[0]))
+    print(*lines(table), f"total: {total(table)}", sep="\n")
     return any(row.result == "FAIL" for row in table)
 
 
