@@ -139,8 +139,8 @@ def encode_real(real: RealServer, *, whole: bool) -> bytes:
 @lru_cache(maxsize=4096)
 def _address(text: str) -> tuple[int, bytes]:
     """(address family, union nf_inet_addr)"""
-    packed = ipaddress.ip_address(text).packed
-    return (socket.AF_INET6 if len(packed) == 16 else socket.AF_INET), packed.ljust(16, b"\0")
+    family = socket.AF_INET6 if ":" in text else socket.AF_INET
+    return family, socket.inet_pton(family, text).ljust(16, b"\0")
 
 
 def decode_service(data: bytes) -> VirtualServer | None:

@@ -118,8 +118,8 @@ def remove_link(name: str) -> bool:
 
 def change_request(address: str, index: int, *, add: bool) -> Request:
     """The message that adds an address to the link of that number, or deletes it."""
-    raw = ipaddress.ip_address(address).packed
-    v6 = len(raw) == 16
+    v6 = ":" in address
+    raw = socket.inet_pton(socket.AF_INET6 if v6 else socket.AF_INET, address)
     # On a link that is down, detection of duplicates never ends, and the address would stay tentative.
     header = _MESSAGE.pack(_AF[Family.of(address)], len(raw) * 8, _NO_DAD if v6 and add else 0, 0, index)
     payload = header + attribute(_IFA_LOCAL, raw) + attribute(_IFA_ADDRESS, raw)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -88,6 +89,7 @@ def test_what_is_written_reads_back_as_planned(before: Any, after: Any) -> None:
             assert all(real.weight == 1 or server.protocol == "TCP" for real in server.servers)
 
 
+@cache
 def world_of(seed: int) -> list[Object]:
     """A random world that is the same each time."""
     found: list[Object] = []
@@ -136,10 +138,10 @@ def test_what_others_made_survives_start_changes_a_crash_and_cleanup() -> None:
     node = Node(world_of(1))
     node.sync()
     assert foreign() == before
-    for step in range(25):
-        node.apply(*world_of(rng.randrange(50)))
-        if step % 8 == 0:  # as after kill -9: nothing is remembered
-            node = Node(world_of(rng.randrange(50)))
+    for step in range(100):
+        node.apply(*world_of(rng.randrange(10)))
+        if step % 20 == 7:  # as after kill -9: nothing is remembered
+            node = Node(world_of(rng.randrange(10)))
             node.sync()
     assert foreign() == before
     assert space.servers() != []
