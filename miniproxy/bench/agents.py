@@ -25,7 +25,7 @@ from .world import NODE, NODE_NAME, POD_CIDR, World
 
 Mode = Literal["iptables-nft", "iptables-legacy", "nftables", "ipvs"]
 MODES: tuple[Mode, ...] = ("iptables-nft", "iptables-legacy", "nftables", "ipvs")
-AgentName = Literal["miniproxy", "kube-proxy"]
+AgentName = Literal["miniproxy", "kube-proxy", "python-iptables"]  # the last only writes, see python_iptables.py
 METRICS = "127.0.0.1:10249"
 _STOP_PATIENCE = 20.0
 _TICKS = os.sysconf("SC_CLK_TCK")

@@ -4,6 +4,7 @@ the agents in turn, A B A B, so that what drifts on the machine meets all of the
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -15,13 +16,14 @@ import msgspec
 
 from ..lab.netns import LabError
 from ..lab.subprocesses import python_module
-from .agents import AgentName, Mode, Setup
+from . import python_iptables
+from .agents import AgentName, Mode, Setup, flush
 from .apiserver import ApiServer, Programs
 from .feeds import Api, Feed, Folder
 from .objects import target
 from .results import Results, machine, save
-from .run import Plan, Runner
-from .world import ENDPOINT_PORT, PODS, World
+from .run import Plan, Run, Runner
+from .world import ENDPOINT_PORT, NODE, PODS, World
 
 _SERVER_PATIENCE = 20.0
 
@@ -38,6 +40,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     plan: Plan = Plan()
     defaults_at: int = 0  # services for the runs with default settings; 0: none
     counting_at: int = 0  # services for the runs that count what tools are told; 0: none
+    writer_up_to: int = 1000  # services that python-iptables is to write; it takes a third of a millisecond a rule
     environment: str = ""  # what this runs in, if it is not the machine itself
 
 
@@ -118,7 +121,7 @@ def _campaign(
     feed, kubeconfig, folder = _feed(world, programs)
     _serve(world)
     loaded = 0
-    for step in todo:
+    for index, step in enumerate(todo):
         if step.services > loaded:
             progress.loading(2 * (step.services - loaded))
             feed.load((target(n, options.endpoints) for n in range(loaded, step.services)), progress.loaded)
@@ -139,6 +142,29 @@ def _campaign(
         results.runs.append(found)
         progress.done()
         keep()
+        last = [(other.mode, other.services) for other in todo[index + 1 : index + 2]] != [(step.mode, step.services)]
+        if last and step.mode == "iptables-legacy" and step.services <= options.writer_up_to:
+            _python_iptables(world, options, step, results, progress)
+
+
+def _python_iptables(world: World, options: Options, step: Step, results: Results, progress: Progress) -> None:
+    """The same services written by python-iptables, for the record."""
+    if not python_iptables.available():
+        return
+    progress.doing("python-iptables")
+    flush(world)
+    argv = python_module("miniproxy.bench.python_iptables", str(step.services), str(options.endpoints))
+    start = time.perf_counter()
+    writer = world.start(NODE, argv, "python-iptables.log", {"XTABLES_LOCKFILE": str(world.folder / "lock")})
+    status, took = writer.wait(), time.perf_counter() - start
+    found = Run(agent="python-iptables", mode=step.mode, feed="", services=step.services, endpoints=options.endpoints)
+    if status:
+        found.failed = world.log("python-iptables.log")
+    else:
+        told = json.loads(world.log("python-iptables.log").splitlines()[-1])
+        found.full_sync, found.change_sync, found.memory = told["full"], told["change"], told["memory"]
+        found.started = took
+    results.runs.append(found)
 
 
 def _feed(world: World, programs: Programs | None) -> tuple[Feed, Path | None, Folder | None]:

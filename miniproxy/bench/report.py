@@ -111,6 +111,8 @@ def _mode(results: Results, mode: Mode) -> Iterator[str]:
             rows.append([figure.title, *found, _ratio(ratio(results.runs, mode, largest, figure))])
     yield f"At {largest:,} services:"
     yield _table(["", *_NAMES, "ratio"], rows)
+    if record := _writer(results, mode):
+        yield record
     if len(sizes) > 1:
         yield "By number of services:"
         head = ["services", *(f"{BY_NAME[name].title}: {agent}" for name in _BY_SIZE for agent in _NAMES)]
@@ -123,6 +125,18 @@ def _mode(results: Results, mode: Mode) -> Iterator[str]:
             ]
             table.append([f"{size:,}", *cells])
         yield _table(*_without_empty(head, table))
+
+
+def _writer(results: Results, mode: Mode) -> str:
+    """A line for each size that python-iptables wrote."""
+    lines = [
+        f"{size:,} services in {_value(full, BY_NAME['full_sync'])}, one endpoint more in "
+        f"{_value(change, BY_NAME['change_sync'])}"
+        for size in _sizes(results, "python-iptables", mode)
+        if (full := spread(results.runs, Case("python-iptables", mode, size), BY_NAME["full_sync"]))
+        and (change := spread(results.runs, Case("python-iptables", mode, size), BY_NAME["change_sync"]))
+    ]
+    return f"For the record, python-iptables as the writer of the same rules: {'; '.join(lines)}." if lines else ""
 
 
 def _growth(results: Results, modes: Sequence[Mode]) -> str:
@@ -191,5 +205,7 @@ elements of the map with the service addresses, /proc/net/ip_vs.
 - *CPU* is of the agent and all programs it started, from /proc/PID/stat, over many changes.
 - *steady churn*: 100 changes at 20 a second. *burst*: 100 changes as fast as the API server takes them.
 - *default settings*: minSyncPeriod 1 s as it comes, one change after 2.5 s of quiet.
-- processes, bytes and operations are counted in runs of their own, by wrappers around the tools.
+- processes, bytes and operations are counted in runs of their own, by wrappers around the tools: what an agent asks of
+  the kernel by itself is in no process and no bytes. miniproxy says how many operations that was; kube-proxy's IPVS
+  mode does not.
 - *first packet*: connect() from the client to a random service and back, one after the other."""
