@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -43,12 +44,13 @@ def command(stay: bool, proxy_mode: str, iptables_variant: str, name: str | None
     Examples:
       miniproxy demo
       miniproxy demo --iptables-variant legacy
+      miniproxy demo --proxy-mode ipvs              in user-mode Linux, if this kernel has no IPVS
       miniproxy demo --stay                         then play: miniproxy lab status --name demo
     """
     import msgspec
     from rich.console import Console
 
-    from ..lab import Lab, LabError, LabSpec
+    from ..lab import Lab, LabError, LabSpec, uml
     from ..lab.netns import require_system
 
     console = Console(highlight=False, soft_wrap=True, quiet=as_json)
@@ -57,6 +59,8 @@ def command(stay: bool, proxy_mode: str, iptables_variant: str, name: str | None
     began = time.monotonic()
     with failing_clearly():
         require_system()
+        if proxy_mode == "ipvs" and not uml.has_ip_vs():
+            raise SystemExit(_elsewhere(stay, as_json))
         with Lab(LabSpec(name=name)) as lab:
             try:
                 steps = _walk(console, lab, proxy_mode, iptables_variant)
@@ -76,8 +80,23 @@ def command(stay: bool, proxy_mode: str, iptables_variant: str, name: str | None
     raise SystemExit(0 if held else 1)
 
 
+def _elsewhere(stay: bool, as_json: bool) -> int:
+    """The same demo on a kernel that has IPVS; its exit code."""
+    from ..lab import LabError, uml
+
+    if not uml.available():
+        raise LabError(f"this machine's kernel has no IPVS: {uml.HOW_TO_GET_IT}")
+    if stay:
+        raise LabError("this machine's kernel has no IPVS, and what runs in user-mode Linux cannot stay: omit --stay")
+    if not as_json:
+        click.echo("This machine's kernel has no IPVS, so the demo runs in user-mode Linux: give it a minute or two.")
+    options = ["--proxy-mode", "ipvs", "--iptables-variant", "legacy", *(["--json"] if as_json else [])]
+    return uml.run([sys.executable, "-m", "miniproxy", "demo", *options])
+
+
 def _walk(console: Console, lab: Lab, mode: str, variant: str) -> list[Step]:
     """Starts the agents and takes the tour, printing as it goes."""
+    from ..lab import uml
     from ..lab.tour import tour
 
     plan = lab.plan
@@ -86,7 +105,8 @@ def _walk(console: Console, lab: Lab, mode: str, variant: str) -> list[Step]:
         f"of their own: mp-{lab.spec.name}-…"
     )
     started = time.monotonic()
-    lab.start_agents(mode=mode, variant=variant)
+    # In user-mode Linux, with its one slow processor, programs take long to start.
+    lab.start_agents(mode=mode, variant=variant, timeout=180 if uml.inside() else 30)
     console.print(
         f"An agent on each node programs {len(lab.services)} Services in {mode} mode; "
         f"all of them answer after {time.monotonic() - started:.1f} s."

@@ -11,7 +11,9 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,9 +36,9 @@ mount -t tmpfs tmpfs /dev/shm
 ip link set lo up
 modprobe ip_vs
 sysctl -qew net.ipv4.icmp_msgs_per_sec=100000 net.ipv4.icmp_msgs_burst=10000
-{environment}
 mount -t tmpfs tmpfs {temporary}
 export TMPDIR={temporary}
+{environment}
 cd {folder} && {command}
 echo $? >{code}
 echo o >/proc/sysrq-trigger
@@ -99,6 +101,32 @@ def machine(
     finally:
         _turn_off(process)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs one command in a machine of its own, and passes on what it prints as it comes; its exit code.
+
+    −1 means that the machine itself failed; what it said is printed then.
+    """
+    with tempfile.TemporaryDirectory(prefix="miniproxy-uml-") as folder:
+        out, console = Path(folder, "out"), Path(folder, "console")
+        out.touch()
+        redirected = ["sh", "-c", f'exec "$@" >{shlex.quote(str(out))} 2>&1', "sh", *argv]
+        # What the command keeps for its user has to outlive the machine, unlike its usual temporary folder.
+        looks = {"COLUMNS": str(shutil.get_terminal_size().columns), "TMPDIR": tempfile.gettempdir()}
+        if sys.stdout.isatty():
+            looks |= {"FORCE_COLOR": "1", "TERM": os.environ.get("TERM", "linux")}
+        with console.open("w") as log, out.open() as text, machine(redirected, environment=looks, log=log) as booted:
+            over = False
+            while not over:
+                over = not booted.running()
+                sys.stdout.write(text.read())
+                sys.stdout.flush()
+                time.sleep(0.1)
+            code = booted.wait()
+        if code < 0:
+            sys.stderr.write(console.read_text(errors="replace"))
+        return code
 
 
 class Machine:
