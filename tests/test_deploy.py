@@ -52,7 +52,7 @@ def test_the_account_may_read_all_that_the_source_asks_for() -> None:
         for resource in rule["resources"]
         for verb in rule["verbs"]
     }
-    for resource in resources("n1"):
+    for resource in resources("n1", service_cidrs=True):
         group, plural = re.fullmatch(r"/(?:api|apis/([^/]+))/v1/(\w+)", resource.path).groups("")  # type: ignore[union-attr]
         assert {(group, plural, verb) for verb in ("list", "watch")} <= allowed, resource.path
     assert ("events.k8s.io", "events", "create") in allowed
