@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 from ..model import Family
-from .nft_layout import EXACT, LOCAL, UNIT, Affinity, Chain, Hook, affinity_chain, choosing, layout, sets
+from .nft_layout import EXACT, LOCAL, UNIT, Affinity, Chain, Hook, affinity_chain, choosing, layout, sets, size_of
 from .nft_script import Held
 from .nftables import Element, Entry, Frontend, NftablesObject, Refusal, Stray, Table, interval
 
@@ -77,7 +77,8 @@ class _Parts:
     """The elements of one frontend, as far as they have been seen."""
 
     def __init__(self) -> None:
-        self.names: set[str] = set()
+        self.elements: list[tuple[str, RawElement]] = []  # with the name of the set
+        self.names: set[str] = set()  # sets that hold the frontend itself
         self.sizes: set[int] = set()
         self.targets: dict[int, str] = {}  # by code
         self.groups: dict[int, Affinity] = {}  # by LOCAL or 0
@@ -91,15 +92,19 @@ class _Parser:
         self.wide = 16 if family is Family.V6 else 4  # bytes of an address
         self.address = _address_v6 if family is Family.V6 else _address_v4
         self.strays: list[Stray] = []
-        self.parts: dict[tuple[str, str, int], _Parts] = {}
+        self.parts: dict[tuple[str, int, int], _Parts] = {}  # by address, protocol, port
 
     def parsed(self) -> Parsed:
         raw = self.raw
         groups = _groups(raw)
         shared = list(self.shared())
-        seen = {name: list(self.collect(name, raw.elements.get(name, ()))) for name in raw.sets if name not in _SHARED}
-        frontends = [self.frontend(*to, parts) for to, parts in self.parts.items()]
-        self.look_for_strays(seen, frontends)
+        for name in raw.sets:
+            if name not in _SHARED:
+                self.collect(name, raw.elements.get(name, ()))
+        made = ((self.frontend(*to, parts), parts) for to, parts in self.parts.items())
+        frontends = [
+            frontend for frontend, parts in made if _certain(frontend, parts) or self.compared(frontend, parts)
+        ]
         held = Held.of(frontends, groups)
         names = {group.name for group in groups}
         fixed = {chain.name for chain in choosing(self.family)} | names
@@ -129,68 +134,64 @@ class _Parser:
 
     # -- elements that belong to frontends
 
-    def collect(self, name: str, elements: Iterable[RawElement]) -> Iterator[tuple[str, str, str]]:
-        """Sort the elements of a set into the parts of frontends; each as Frontend.elements would have it."""
-        take = self.takers().get(name) or (self.take_slot if Affinity.named(name) else None)
+    def collect(self, name: str, elements: Iterable[RawElement]) -> None:
+        """Sort the elements of a set into the parts of frontends."""
+        take = self.takers().get(name) or (self.take_target if Affinity.named(name) else None)
         if take is None:
             return
-        wide, address = self.wide, self.address
+        wide, address, found = self.wide, self.address, self.parts
         for element in elements:
             key = element.key
-            protocol = _PROTOCOLS.get(key[wide], str(key[wide]))
-            port = (key[wide + 4] << 8) | key[wide + 5]
-            to = (address(key[:wide]), protocol, port)
-            parts = self.parts.get(to)
+            to = address(key[:wide]), key[wide], (key[wide + 4] << 8) | key[wide + 5]
+            parts = found.get(to)
             if parts is None:
-                parts = self.parts[to] = _Parts()
-            tail, data = take(name, parts, element)
-            yield name, f"{to[0]} . {protocol} . {port}{tail}", data
+                parts = found[to] = _Parts()
+            parts.elements.append((name, element))
+            take(name, parts, element)
 
-    def takers(self) -> Mapping[str, Callable[[str, _Parts, RawElement], tuple[str, str]]]:
+    def takers(self) -> Mapping[str, Callable[[str, _Parts, RawElement], None]]:
         plain: tuple[str, ...] = ("external", "external-local", "refused", "dropped", "guarded", "counted")
-        coded = {"endpoints": self.take_slot, "sizes": self.take_size, "occupied": self.take_code}
+        coded = {"endpoints": self.take_target, "sizes": self.take_size, "occupied": self.take_nothing}
         rest = {"affinity": self.take_group, "allowed": self.take_source}
         return dict.fromkeys(plain, self.take_name) | coded | rest
 
-    def take_name(self, name: str, parts: _Parts, element: RawElement) -> tuple[str, str]:
+    def take_name(self, name: str, parts: _Parts, element: RawElement) -> None:
         parts.names.add(name)
-        return "", ""
 
-    def take_code(self, name: str, parts: _Parts, element: RawElement) -> tuple[str, str]:
-        return f" . {self.code(element)}", ""
+    def take_nothing(self, name: str, parts: _Parts, element: RawElement) -> None:
+        pass
 
-    def take_size(self, name: str, parts: _Parts, element: RawElement) -> tuple[str, str]:
+    def take_size(self, name: str, parts: _Parts, element: RawElement) -> None:
         parts.sizes.add(self.code(element))
-        return self.take_code(name, parts, element)
 
-    def take_slot(self, name: str, parts: _Parts, element: RawElement) -> tuple[str, str]:
-        code = self.code(element)
-        data, wide = element.data, self.wide
-        target = f"{self.address(data[:wide])} . {(data[wide] << 8) | data[wide + 1]}"
-        parts.targets[code] = target
-        return f" . {code}", target
+    def take_target(self, name: str, parts: _Parts, element: RawElement) -> None:
+        parts.targets[self.code(element)] = self.target(element)
 
-    def take_group(self, name: str, parts: _Parts, element: RawElement) -> tuple[str, str]:
-        code, group = self.code(element), Affinity.named(element.chain)
-        if group and code in (0, LOCAL):
-            parts.groups[code] = group
-        return f" . {code}", f"goto {element.chain}"
+    def take_group(self, name: str, parts: _Parts, element: RawElement) -> None:
+        group = Affinity.named(element.chain)
+        if group:
+            parts.groups[self.code(element)] = group
 
-    def take_source(self, name: str, parts: _Parts, element: RawElement) -> tuple[str, str]:
-        start = element.key[self.wide + 8 :]
-        end = element.end[self.wide + 8 :] or start
-        first, last = ipaddress.ip_address(start), ipaddress.ip_address(end)
-        networks = [interval(n) for n in ipaddress.summarize_address_range(first, last)]
-        source = networks[0] if len(networks) == 1 else f"{first}-{last}"
-        parts.sources.append(source)
-        return f" . {source}", ""
+    def take_source(self, name: str, parts: _Parts, element: RawElement) -> None:
+        parts.sources.append(self.source(element))
 
     def code(self, element: RawElement) -> int:
         start = self.wide + 8
         return int.from_bytes(element.key[start : start + 4], _ENDIAN)
 
-    def frontend(self, address: str, protocol: str, port: int, parts: _Parts) -> Frontend:
-        """The frontend that these parts most likely belong to; `look_for_strays` says whether they do."""
+    def target(self, element: RawElement) -> str:
+        data, wide = element.data, self.wide
+        return f"{self.address(data[:wide])} . {(data[wide] << 8) | data[wide + 1]}"
+
+    def source(self, element: RawElement) -> str:
+        start = element.key[self.wide + 8 :]
+        end = element.end[self.wide + 8 :] or start
+        first, last = ipaddress.ip_address(start), ipaddress.ip_address(end)
+        networks = [interval(n) for n in ipaddress.summarize_address_range(first, last)]
+        return networks[0] if len(networks) == 1 else f"{first}-{last}"
+
+    def frontend(self, address: str, protocol: int, port: int, parts: _Parts) -> Frontend:
+        """The frontend that these parts most likely belong to; `_certain` and `compared` say whether they do."""
         entry: Entry = (
             "external" if "external" in parts.names else "external-local" if "external-local" in parts.names else ""
         )
@@ -198,7 +199,7 @@ class _Parser:
         seconds = max((group.seconds for group in parts.groups.values()), default=0)
         return Frontend(
             address,
-            protocol,
+            _PROTOCOLS.get(protocol, str(protocol)),
             port,
             entry,
             _seats(parts, 0, slotted=bool(seconds)),
@@ -210,19 +211,45 @@ class _Parser:
             counted="counted" in parts.names,
         )
 
-    def look_for_strays(self, seen: Mapping[str, list[tuple[str, str, str]]], frontends: list[Frontend]) -> None:
-        """An element that does not belong to the frontend made from it is nobody's; one that is missing makes the
-        frontend wrong, so it is counted as absent, and all that is there of it is a stray.
+    def compared(self, frontend: Frontend, parts: _Parts) -> bool:
+        """Whether nothing of the frontend is missing. An element too many is a stray; when one is missing, the
+        frontend counts as absent, and all that is there of it is stray.
         """
-        expected = {element: index for index, f in enumerate(frontends) for element in f.elements()}
-        present = {element for elements in seen.values() for element in elements}
-        broken = {index for element, index in expected.items() if element not in present}
-        for name, key, data in present:
-            index = expected.get((name, key, data))
-            if index is None or index in broken:
-                self.strays.append(Stray("element", name, key))
-        for index in sorted(broken, reverse=True):
-            del frontends[index]
+        to = f"{frontend.address} . {frontend.protocol} . {frontend.port}"
+        present = {self.spelt(to, name, element) for name, element in parts.elements}
+        expected = set(frontend.elements())
+        whole = expected <= present
+        self.strays += [Stray("element", name, key) for name, key, _ in present - (expected if whole else set())]
+        return whole
+
+    def spelt(self, to: str, name: str, element: RawElement) -> tuple[str, str, str]:
+        """An element as Frontend.elements has it."""
+        if name == "allowed":
+            return name, f"{to} . {self.source(element)}", ""
+        if name in ("sizes", "occupied"):
+            return name, f"{to} . {self.code(element)}", ""
+        if name == "affinity":
+            return name, f"{to} . {self.code(element)}", f"goto {element.chain}"
+        if element.data:
+            return name, f"{to} . {self.code(element)}", self.target(element)
+        return name, to, ""
+
+
+def _certain(frontend: Frontend, parts: _Parts) -> bool:
+    """Whether the parts are exactly the frontend's, which for most can be said without spelling them out."""
+    names = {frontend.entry, frontend.refusal, "guarded" * frontend.guarded, "counted" * frontend.counted} - {""}
+    if parts.groups or names != parts.names or bool(frontend.sources) != frontend.guarded:
+        return False
+    codes = set()
+    for first, endpoints in ((0, frontend.endpoints), (LOCAL, frontend.local)):
+        if endpoints:
+            size = size_of(len(endpoints))
+            start = first + size * UNIT
+            codes |= {start} if size > EXACT else set()
+            if "" in endpoints or parts.targets.get(start) != endpoints[0]:
+                return False
+    count = len(frontend.endpoints) + len(frontend.local) + len(frontend.sources) + len(codes) + len(names)
+    return codes == parts.sizes and count == len(parts.elements)
 
 
 def _seats(parts: _Parts, first: int, *, slotted: bool) -> tuple[str, ...]:

@@ -1,15 +1,18 @@
 """What nftables mode costs on this machine, as docs/nftables.md has it: python -m tests.nftables.measure [RUNS]
 
-All in a network namespace; needs root. Prints Markdown: medians of RUNS (5) runs.
+All in a network namespace; needs root. Prints Markdown: medians of RUNS (5) runs, in milliseconds by the clock and,
+in brackets, of processor time, which depends less on what else the machine does.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import median
+from typing import NamedTuple
 
 from miniproxy.agent import Agent
 from miniproxy.config import Settings
@@ -32,11 +35,30 @@ def objects(services: int, endpoints: int) -> tuple[Object, ...]:
     return tuple(found)
 
 
-def timed(work: Callable[[], object]) -> float:
+class Cost(NamedTuple):
     """Milliseconds."""
-    start = time.perf_counter()
+
+    clock: float
+    processor: float
+
+    def __str__(self) -> str:
+        return " (".join(f"{value:,.0f}" if value >= 100 else f"{value:.2g}" for value in self) + ")"
+
+
+def middle(costs: Iterable[Cost]) -> Cost:
+    clock, processor = zip(*costs, strict=True)
+    return Cost(median(clock), median(processor))
+
+
+def processor_time() -> float:
+    spent = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in spent)
+
+
+def timed(work: Callable[[], object]) -> Cost:
+    start, spent = time.perf_counter(), processor_time()
     work()
-    return (time.perf_counter() - start) * 1000
+    return Cost((time.perf_counter() - start) * 1000, (processor_time() - spent) * 1000)
 
 
 def fresh(place: Inside, everything: tuple[Object, ...], by_library: bool = True) -> Agent:
@@ -51,7 +73,7 @@ def synced(agent: Agent) -> None:
     assert not result.error, result.error
 
 
-def change(agent: Agent, *upserts: Object, deletes: tuple[Ref, ...] = ()) -> float:
+def change(agent: Agent, *upserts: Object, deletes: tuple[Ref, ...] = ()) -> Cost:
     def work() -> None:
         agent.handle(Batch(upserts, deletes))
         synced(agent)
@@ -59,10 +81,10 @@ def change(agent: Agent, *upserts: Object, deletes: tuple[Ref, ...] = ()) -> flo
     return timed(work)
 
 
-def changes(agent: Agent, endpoints: int) -> dict[str, list[float]]:
+def changes(agent: Agent, endpoints: int) -> dict[str, list[Cost]]:
     """Milliseconds from the event to the kernel."""
     service, slice_ = cluster.service(60_000), cluster.endpoints(60_000, endpoints)
-    found: dict[str, list[float]] = {"endpoint replaced": [], "service added": [], "service removed": []}
+    found: dict[str, list[Cost]] = {"endpoint replaced": [], "service added": [], "service removed": []}
     for turn in range(CHANGES):
         found["endpoint replaced"].append(change(agent, cluster.endpoints(7, endpoints, first=1 - turn % 2)))
         found["service added"].append(change(agent, service, slice_))
@@ -70,25 +92,25 @@ def changes(agent: Agent, endpoints: int) -> dict[str, list[float]]:
     return found
 
 
-def one_run(services: int, endpoints: int) -> dict[str, float]:
-    result: dict[str, float] = {}
+def one_run(services: int, endpoints: int) -> dict[str, Cost]:
+    result: dict[str, Cost] = {}
     everything = objects(services, endpoints)
     with inside() as place:
         planned: list[Agent] = []
         result["planning"] = timed(lambda: planned.append(fresh(place, everything)))
         result["first load"] = timed(lambda: synced(planned[0]))
         for name, times in changes(planned[0], endpoints).items():
-            result[f"{name}, library"] = median(times)
+            result[f"{name}, library"] = middle(times)
         by_program = fresh(place, everything, by_library=False)
         result["read back, all right"] = timed(by_program.reconcilers[Family.V4].adopt)
         synced(by_program)
         for name, times in changes(by_program, endpoints).items():
-            result[f"{name}, program"] = median(times)
+            result[f"{name}, program"] = middle(times)
     return result
 
 
-def pieces(count: int) -> float:
-    """The first load of 10,000 × 10 in so many transactions, in milliseconds."""
+def pieces(count: int) -> Cost:
+    """The first load of 10,000 × 10 in so many transactions."""
     with inside() as place:
         agent = fresh(place, objects(10_000, 10))
         backend = Nftables(Family.V4, Program(place.runner), place.netlink)
@@ -106,11 +128,11 @@ def main() -> None:
     print("| ms | " + " | ".join(f"{services:,} × {endpoints}" for services, endpoints in SIZES) + " |")
     print("|---|" + "---|" * len(SIZES))
     for name in results[SIZES[0]][0]:
-        cells = [f"{median(run[name] for run in results[size]):.3g}" for size in SIZES]
+        cells = [str(middle(run[name] for run in results[size])) for size in SIZES]
         print(f"| {name} | {' | '.join(cells)} |")
     print("\nfirst load of 10,000 × 10 in several transactions, ms:")
     for count in (1, 4, 20, 100):
-        print(f"{count}: {median(pieces(count) for _ in range(max(1, runs // 2))):.0f}")
+        print(f"{count}: {middle(pieces(count) for _ in range(max(1, runs // 2)))}")
 
 
 if __name__ == "__main__":
