@@ -93,6 +93,10 @@ class Agent:
         fields = self._proc("stat").rpartition(")")[2].split()
         return sum(map(int, fields[11:15])) / _TICKS
 
+    def own_cpu(self) -> float:
+        """Seconds of CPU used in user space by the agent itself, tools and kernel left out."""
+        return int(self._proc("stat").rpartition(")")[2].split()[11]) / _TICKS
+
     def memory(self) -> tuple[int, int]:
         """(bytes resident, the most there ever were)."""
         status = dict(re.findall(r"^(VmRSS|VmHWM):\s+(\d+)", self._proc("status"), re.MULTILINE))

@@ -173,7 +173,7 @@ class Ipvs:
     def services(self) -> int:
         content = self._read()
         # A virtual server without real ones is not complete.
-        return sum(1 for part in content.split(b"\nTCP ")[1:] if b"\n  -> " in part)
+        return sum(1 for part in content.split(b"\nTCP ")[1:] if b"\n-> " in part)
 
     def close(self) -> None:
         self._file.close()

@@ -9,7 +9,7 @@ from .agents import AgentName, Mode
 from .results import BY_NAME, FIGURES, Case, Figure, Results, Spread, ratio, slope, spread
 
 _HEADLINE = ("full_sync", "started", "restart_sync", "restarted", "change_sync", "change_cpu", "added", "memory")
-_BY_SIZE = ("full_sync", "change_sync", "added", "change_cpu", "latency", "memory")
+_BY_SIZE = ("full_sync", "change_sync", "added", "change_cpu", "churn_own_cpu", "latency", "memory")
 _NAMES: tuple[AgentName, ...] = ("miniproxy", "kube-proxy")
 
 
@@ -38,7 +38,7 @@ def markdown(results: Results, pictures: Sequence[str] = ()) -> str:
         parts += ["## miniproxy / kube-proxy", _ratios(results, modes, both)]
     for mode in modes:
         parts += [f"## {mode}", *_mode(results, mode)]
-    parts += ["## Growth", _growth(results, modes), "## How it was measured", _METHOD]
+    parts += ["## Growth", _growth(results, modes), "## How to repeat it", _REPEAT, "## How it was measured", _METHOD]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -191,6 +191,15 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+_REPEAT = """\
+    sudo hack/bench                   everything it needs, then the standard run: 20 minutes on 2 cores
+    sudo miniproxy bench --quick      two minutes, small sizes; without an API server, miniproxy alone
+    sudo miniproxy bench --uml --modes iptables-legacy,ipvs --sizes 50,200 --more-sizes 1000 --pairs 1
+                                      IPVS where the kernel has none, in user-mode Linux
+    miniproxy bench --report --output docs/benchmarks     tables and plots again from results.json
+
+The same objects in the same order each time (no randomness but which services are connected to, with a fixed seed).
+What differs from machine to machine is the absolute figures; compare ratios."""
 _METHOD = """\
 All in network namespaces of their own: a node, its pods (one server that answers on every endpoint's address), a
 client, and a control plane. Both agents read the same objects from the same kube-apiserver, with the same

@@ -91,6 +91,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("burst", "burst of changes: first event to last connection", "s", _one(lambda r: r.burst)),
     Figure("change_cpu", "CPU of one change", "s", _one(lambda r: r.change_cpu)),
     Figure("churn_cpu", "CPU of one change in steady churn", "s", _one(lambda r: r.churn_cpu)),
+    Figure("churn_own_cpu", "of that, the agent's own in user space", "s", _one(lambda r: r.churn_own_cpu)),
     Figure("burst_cpu", "CPU of the burst", "s", _one(lambda r: r.burst_cpu)),
     Figure("started_cpu", "CPU of the cold start", "s", _one(lambda r: r.started_cpu)),
     Figure("memory", "memory, resident", "bytes", _one(lambda r: r.memory)),

@@ -59,6 +59,7 @@ class Run(msgspec.Struct, kw_only=True):
     burst: float | None = None  # first of the changes made to the last write
     burst_cpu: float | None = None
     churn_cpu: float | None = None  # of one change in a steady stream
+    churn_own_cpu: float | None = None  # of that, in user space and in the agent itself
     churn_syncs: float | None = None  # for each change
     calls: Calls | None = None  # for each kind, of the counted changes
     counted_changes: int = 0
@@ -177,13 +178,15 @@ class Runner:
 
     def _churn(self, eye: Eye) -> None:
         self._step(f"{self._plan.churn} changes, {self._plan.churn_rate:g} a second")
-        (_, syncs), used, start = self._syncs(), self._agent.cpu(), time.perf_counter()
+        (_, syncs), used, own = self._syncs(), self._agent.cpu(), self._agent.own_cpu()
+        start = time.perf_counter()
         for index in range(self._plan.churn):
             picked = self._pick(index // 2)
             self._feed.update(picked if index % 2 else _with_another(picked))
             time.sleep(max(0.0, start + (index + 1) / self._plan.churn_rate - time.perf_counter()))
         wait_quiet(self._agent, eye)
         self.run.churn_cpu = (self._agent.cpu() - used) / self._plan.churn
+        self.run.churn_own_cpu = (self._agent.own_cpu() - own) / self._plan.churn
         self.run.churn_syncs = (self._syncs()[1] - syncs) / self._plan.churn
 
     def _restart(self, eye: Eye) -> None:

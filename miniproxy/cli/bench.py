@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +62,7 @@ def _names(known: tuple[str, ...], given: str, option: str) -> tuple[str, ...]:
 @click.option("--kubernetes", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER",
               help="With etcd, kube-apiserver, kube-proxy.  [default: $KUBEBUILDER_ASSETS, PATH]")  # fmt: skip
 @click.option("--manifests", is_flag=True, help="Read manifests even where an API server is at hand.")
+@click.option("--uml", is_flag=True, help="Do it all inside user-mode Linux, which has IPVS where this kernel has not.")
 @click.option("--environment", default="", help="Words for what this runs in, if it is not a machine of its own.")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=Path("benchmarks"),
               show_default=True, help="For results.json, README.md and plots.")  # fmt: skip
@@ -75,6 +78,7 @@ def command(
     pairs: int | None,
     kubernetes: Path | None,
     manifests: bool,
+    uml: bool,
     environment: str,
     output: Path,
     report: bool,
@@ -90,6 +94,7 @@ def command(
     Examples:
       sudo miniproxy bench --quick
       sudo miniproxy bench --modes nftables --sizes 100,1000,5000,10000 --more-sizes '' --agents miniproxy
+      sudo miniproxy bench --uml --modes iptables-legacy,ipvs --sizes 50,200 --more-sizes 1000 --pairs 1
       sudo hack/bench                                   the standard run, with the Kubernetes programs built first
     """
     import msgspec
@@ -100,6 +105,8 @@ def command(
     from ..lab.netns import LabError, require_system
 
     console = Console(stderr=True, highlight=False)
+    if uml:
+        raise SystemExit(_inside_uml(sys.argv[1:]))
     if report:
         try:
             results = load(output / "results.json")
@@ -160,6 +167,16 @@ def _options(
     )
 
 
+def _inside_uml(arguments: list[str]) -> int:
+    """The same command in a machine of its own; its exit code."""
+    from ..lab import uml
+
+    if not uml.available():
+        raise Failure(f"user-mode Linux is not installed: {uml.HOW_TO_GET_IT}")
+    again = [argument for argument in arguments if argument != "--uml"]
+    return uml.run([sys.executable, "-m", "miniproxy", *again, "--environment", "user-mode Linux, one CPU"])
+
+
 def _folders(given: Path | None) -> list[Path]:
     if given:
         return [given]
@@ -173,6 +190,8 @@ def _measure(console: Console, options: Options, folders: list[Path] | None, out
     from ..bench import campaign
     from ..bench.apiserver import find
 
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # both are an interruption that reports what there is
     programs = find(folders) if folders is not None else None
     if programs is None or programs.kube_proxy is None:
         console.print("no API server or kube-proxy at hand (hack/build-kubernetes makes them): miniproxy alone")

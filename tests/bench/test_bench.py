@@ -100,7 +100,8 @@ def test_both_agents_from_one_api_server(tmp_path: Path) -> None:
 
 
 @root
-def test_interrupted_it_reports_what_there_is_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_reports_what_there_is_and_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     argv = [
         sys.executable,
         "-m",
@@ -118,7 +119,7 @@ def test_interrupted_it_reports_what_there_is_and_leaves_nothing(tmp_path: Path)
     bench = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "results.json").exists() and bench.poll() is None:
         time.sleep(0.1)
-    bench.send_signal(signal.SIGINT)
+    bench.send_signal(number)
     output, errors = bench.communicate()
     assert bench.returncode == 130, errors
     assert "**interrupted**" in output
