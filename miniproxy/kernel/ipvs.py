@@ -225,8 +225,10 @@ class Ipvs:
 
     def servers(self, family: Family) -> list[VirtualServer]:
         """All virtual servers of a family with all their real servers, also those of weight 0."""
-        reals = _real_servers((_PROC / "ip_vs").read_text(), family)
-        return [s._replace(servers=tuple(sorted(reals.get(s.key, ())))) for s in self.services(family)]
+        found = self.services(family)
+        # The kernel hands the list over page by page, and looks for its place in it each time.
+        reals = _real_servers((_PROC / "ip_vs").read_text(), family) if found else {}
+        return [server._replace(servers=tuple(sorted(reals.get(server.key, ())))) for server in found]
 
     def loads(self, service: VirtualServer) -> Iterator[tuple[Server, Load]]:
         """The real servers of weight 0 of a virtual server. Raises OSError (ESRCH when it is gone)."""
