@@ -102,13 +102,24 @@ class Api:
         self._send("DELETE", f"{_SLICES}/{target.slice_name}")
 
     def _send(self, method: str, path: str, body: Json | None = None) -> Json:
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            connection = self._server.connect()
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
-        connection.request(method, path, json.dumps(body) if body is not None else None, headers)
-        response = connection.getresponse()
+        text = json.dumps(body) if body is not None else None
+        idle: http.client.HTTPSConnection | None
+        while True:
+            try:
+                idle = self._idle.pop()
+            except IndexError:
+                idle = None
+            connection = idle or self._server.connect()
+            try:
+                connection.request(method, path, text, headers)
+                response = connection.getresponse()
+                break
+            except (OSError, http.client.RemoteDisconnected):
+                connection.close()
+                if idle is None:
+                    raise
+                # The server ends connections that were idle for some minutes; it has not seen this request.
         answer = response.read()
         self._idle.append(connection)
         if response.status >= 300:

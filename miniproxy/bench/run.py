@@ -195,10 +195,10 @@ class Runner:
         start = time.time()
         self._agent.start()
         end = time.monotonic() + _COLD_PATIENCE
-        while not (done := self._last_sync()):
+        while (done := self._agent.last_sync()) < start:
             if not self._agent.running or time.monotonic() > end:
                 raise TooLate("the agent does not come back")
-            time.sleep(0.3)  # a page of metrics is work for the agent; the time of the sync is on it
+            time.sleep(0.1)
         self.run.restarted = done - start
         wait_quiet(self._agent, eye, 1.0)
         self.run.restarted_cpu = self._agent.cpu()
@@ -261,10 +261,6 @@ class Runner:
         """What the agent says it has asked of the kernel; 0 where it does not say."""
         found = self._agent.metrics()
         return sum(v for name, v in found.items() if name.startswith("miniproxy_transaction_operations_total{"))
-
-    def _last_sync(self) -> float:
-        """When (Unix seconds) the last sync of IPv4 ended; 0 before the first."""
-        return self._agent.metrics().get('kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family="IPv4"}', 0.0)
 
 
 def _with_another(before: Target) -> Target:
