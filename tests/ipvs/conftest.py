@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from miniproxy.lab import uml
 
 REPORTS = "MINIPROXY_IPVS_REPORTS"  # inside: the file that reports are written to, one JSON object a line
 _PATIENCE = 600.0  # seconds without any report
+_LOOK = 0.05
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -66,26 +68,39 @@ def _word(item: pytest.Item, outcome: Any, text: str) -> pytest.TestReport:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session, "_ipvs_machine"):
-        session._ipvs_machine.close()
+        session._ipvs_machine.close(interrupted=bool(session.shouldstop or session.shouldfail))
 
 
 class Inside:
-    """The machine with the second pytest, and the reports that came from it."""
+    """The reports from the machine with the second pytest; pytest-xdist's workers share one machine.
+
+    Each of them knows all tests that were collected, so the first that needs the machine boots it for all.
+    """
 
     def __init__(self, config: pytest.Config, wanted: list[str]) -> None:
         self._config = config
         self._stack = ExitStack()
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="miniproxy-ipvs-")))
-        (folder / "wanted").write_text("\n".join(wanted))
-        self._path = folder / "reports"
-        self._path.touch()
-        self._log = folder / "log"
-        argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", f"@{folder / 'wanted'}"]
-        out = self._stack.enter_context(self._log.open("w"))
-        environment = {REPORTS: str(self._path), "PYTHONDONTWRITEBYTECODE": "1"}
-        self._machine = self._stack.enter_context(uml.machine(argv, environment=environment, log=out))
-        self._lines = self._follow()
+        self._machine: uml.Machine | None = None
         self._arrived: dict[str, list[Any]] = {}
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+        self._folder = Path(tempfile.gettempdir()) / f"miniproxy-ipvs-{run}"
+        try:
+            self._folder.mkdir()
+        except FileExistsError:
+            pass  # another worker has booted it
+        else:
+            self._boot(wanted)
+        self._lines = self._follow()
+
+    def _boot(self, wanted: list[str]) -> None:
+        self._stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
+        self._stack.callback((self._folder / "over").touch)
+        tests = self._folder / "wanted"
+        tests.write_text("\n".join(wanted))
+        argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", f"@{tests}"]
+        environment = {REPORTS: str(self._folder / "reports"), "PYTHONDONTWRITEBYTECODE": "1"}
+        out = self._stack.enter_context((self._folder / "log").open("w"))
+        self._machine = self._stack.enter_context(uml.machine(argv, environment=environment, log=out))
 
     def wait_for(self, item: pytest.Item) -> list[Any]:
         """The reports of one test, once its last one has come; none if the machine ended before."""
@@ -99,18 +114,29 @@ class Inside:
         return found
 
     def said(self) -> str:
-        return self._log.read_text(errors="replace")[-4000:]
+        log = self._folder / "log"
+        return log.read_text(errors="replace")[-4000:] if log.exists() else "another worker was interrupted"
 
-    def close(self) -> None:
+    def close(self, *, interrupted: bool) -> None:
+        """The machine stays while other workers may need it: until it has run all tests."""
+        if self._machine and "PYTEST_XDIST_TESTRUNUID" in os.environ and not interrupted:
+            self._machine.wait()
+            (self._folder / "over").touch()
+            time.sleep(5 * _LOOK)  # for the others to read the last lines
         self._stack.close()
 
     def _follow(self) -> Iterator[str]:
         """Lines of the reports as they are written, until the machine is off."""
-        with self._path.open() as reports:
-            waited_since = time.monotonic()
+        path = self._folder / "reports"
+        waited_since = time.monotonic()
+        while not path.exists():
+            if self._over() or time.monotonic() - waited_since > _PATIENCE:
+                return
+            time.sleep(_LOOK)
+        with path.open() as reports:
             part = ""
             while True:
-                over = not self._machine.running()
+                over = self._over()
                 part += reports.readline()
                 if part.endswith("\n"):
                     yield part
@@ -118,7 +144,12 @@ class Inside:
                 elif over or time.monotonic() - waited_since > _PATIENCE:
                     return
                 else:
-                    time.sleep(0.05)
+                    time.sleep(_LOOK)
+
+    def _over(self) -> bool:
+        if self._machine:
+            return not self._machine.running()
+        return (self._folder / "over").exists() or not self._folder.exists()
 
 
 # -- inside
