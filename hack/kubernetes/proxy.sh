@@ -19,9 +19,10 @@ start_proxy() {
 
 # End what start_proxy started; the rules stay, unless the caller flushes them.
 stop_proxy() {
-    local i
-    [[ ! -e $STATE/daemonset ]] || kubectl delete --ignore-not-found --cascade=foreground -k "$STATE/daemonset" >/dev/null
-    rm -rf "$STATE/daemonset"
+    local i kind mode
+    read -r kind mode <"$STATE/proxy"
+    [[ $kind != daemonset ]] ||
+        kubectl delete --ignore-not-found --cascade=foreground -k "$ROOT/deploy/overlays/$mode" >/dev/null
     for i in $(seq "$(nodes)"); do
         [[ -e $STATE/n$i/proxy.pid ]] || continue
         in_node "$i" bash -c "kill $(cat "$STATE/n$i/proxy.pid")" 2>/dev/null || true
@@ -74,11 +75,9 @@ allow_agent() {
 
 # The overlay of that mode as it is; only the address of the API server is this cluster's.
 start_daemonset() {
-    mkdir -p "$STATE/daemonset"
-    cp -r "$ROOT/deploy/." "$STATE/daemonset/"
     kubectl -n kube-system create configmap miniproxy-api-server --dry-run=client -o yaml \
         --from-literal=KUBERNETES_SERVICE_HOST="$API" --from-literal=KUBERNETES_SERVICE_PORT=6443 |
         kubectl apply -f - >/dev/null
-    kubectl apply -k "$STATE/daemonset/overlays/$1" >/dev/null
+    kubectl apply -k "$ROOT/deploy/overlays/$1" >/dev/null
     kubectl -n kube-system rollout status daemonset/miniproxy --timeout=120s
 }
