@@ -1,7 +1,7 @@
 """Writes and reads our nftables table of one family: the reconciler's backend for nftables mode.
 
 Small scripts go through libnftables in this process: that takes a fifth of a millisecond where running nft takes
-five, or twenty when something is deleted, since the kernel waits for its readers when the program's socket closes.
+five, or twenty when something is deleted, since closing the program's socket waits until that is freed.
 Large ones are left to nft, which gives back the memory it needs for them.
 """
 
