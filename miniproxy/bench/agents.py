@@ -13,14 +13,10 @@ import shutil
 import signal
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-import msgspec
 
 from ..lab.subprocesses import python_module
 from .eye import Eye, IptablesLegacy, IptablesNft, Ipvs, Nftables
@@ -31,17 +27,8 @@ Mode = Literal["iptables-nft", "iptables-legacy", "nftables", "ipvs"]
 MODES: tuple[Mode, ...] = ("iptables-nft", "iptables-legacy", "nftables", "ipvs")
 AgentName = Literal["miniproxy", "kube-proxy", "python-iptables"]  # the last only writes, see python_iptables.py
 METRICS = "127.0.0.1:10249"
-HEALTH = "127.0.0.1:10256"
 _STOP_PATIENCE = 20.0
 _TICKS = os.sysconf("SC_CLK_TCK")
-
-
-class _FamilyHealth(msgspec.Struct, rename="camel"):
-    last_updated: datetime
-
-
-class _Health(msgspec.Struct):
-    status: dict[str, _FamilyHealth]
 
 
 class Setup(NamedTuple):
@@ -116,7 +103,10 @@ class Agent:
         return int(status["VmRSS"]) * 1024, int(status["VmHWM"]) * 1024
 
     def metrics(self) -> Mapping[str, float]:
-        """The Prometheus metrics, by name with labels; empty while the agent does not serve them."""
+        """The Prometheus metrics, by name with labels; empty while the agent does not serve them.
+
+        Not for polling: a page is work for the agent, for miniproxy four runs of iptables.
+        """
 
         def fetch() -> str:
             with urllib.request.urlopen(f"http://{METRICS}/metrics", timeout=5) as answer:
@@ -128,25 +118,6 @@ class Agent:
             return {}
         lines = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
         return {name: float(value) for name, value in lines if "_bucket{" not in name}
-
-    def last_sync(self) -> float:
-        """When (Unix seconds) IPv4 was last synced; 0 before the first time.
-
-        From the health page: a page of metrics is work, for miniproxy four runs of iptables.
-        """
-
-        def fetch() -> bytes:
-            try:
-                with urllib.request.urlopen(f"http://{HEALTH}/healthz", timeout=5) as answer:
-                    return bytes(answer.read())
-            except urllib.error.HTTPError as unhealthy:
-                return unhealthy.read()
-
-        try:
-            found = msgspec.json.decode(self.world.inside(NODE, fetch), type=_Health)
-        except (OSError, msgspec.DecodeError):
-            return 0.0
-        return found.status["IPv4"].last_updated.timestamp() if "IPv4" in found.status else 0.0
 
     def eye(self) -> Eye:
         match self.setup.mode:
