@@ -460,6 +460,10 @@ def _comment(options: _Options, walk: _Walk, state: _State) -> _Test:
 
 
 def _conntrack(options: _Options, walk: _Walk, state: _State) -> _Test:
+    if "--ctorigdst" in options.given:
+        negated, addresses = options.only("--ctorigdst")
+        hit = _inside(walk.packet.destination, addresses) != negated
+        return _yes(hit, f"sent to {walk.packet.destination}, {'not ' * negated}in {addresses}")
     negated, wanted = options.only("--ctstate")
     states = {"NEW"} | ({"DNAT"} if state.translated else set())
     return _yes(bool(states & set(wanted.split(","))) != negated, f"connection is {' and '.join(sorted(states))}")

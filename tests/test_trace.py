@@ -118,7 +118,7 @@ def rules(*lines: str, policy: str = "ACCEPT", table_filter: tuple[str, ...] = (
     [
         "-A PREROUTING -p tcp -m multiport --dports 80,81 -j DROP",
         "-A PREROUTING -m set --match-set KUBE-CLUSTER-IP dst,dst -j ACCEPT",
-        "-A PREROUTING -m conntrack --ctorigdst 10.0.0.2/32 -j ACCEPT",
+        "-A PREROUTING -m conntrack --ctorigsrc 10.0.0.2/32 -j ACCEPT",
         "-A PREROUTING -m statistic --mode nth --every 2 --packet 0 -j ACCEPT",
         "-A PREROUTING -p tcp -m tcp --sport 53 -j ACCEPT",
         "-A PREROUTING -m addrtype --dst-type BROADCAST -j ACCEPT",
@@ -164,6 +164,8 @@ def test_policy_and_rules_of_filter_decide_after_nat() -> None:
         ("-p udp -m udp --dport 80", False),
         ("-m conntrack --ctstate RELATED,ESTABLISHED", False),
         ("-m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT", True),
+        ("-m conntrack --ctorigdst 10.0.0.2/32", True),
+        ("-m conntrack --ctorigdst 10.0.0.9/32", False),
         ("-m mark --mark 0x1/0x1", False),
         ("-m mark ! --mark 0x1/0x1", True),
     ],

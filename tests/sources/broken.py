@@ -40,7 +40,7 @@ def service(name: str, number: int = 1, namespace: str = "default") -> Json:
             "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 60}},
             "internalTrafficPolicy": "Cluster",
             "externalTrafficPolicy": "Local",
-            "healthCheckNodePort": 32000 + number,
+            "healthCheckNodePort": 32600 + number,
         },
         "status": {"loadBalancer": {"ingress": [{"ip": f"192.0.2.{number}", "ipMode": "VIP"}]}},
     }

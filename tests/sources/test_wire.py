@@ -101,7 +101,7 @@ def test_a_service_with_everything() -> None:
         source_ranges=("203.0.113.0/24",),
         affinity_seconds=60,
         external_local=True,
-        health_check_node_port=32007,
+        health_check_node_port=32607,
         scheduler="wlc",
     )
     assert ports[0].cluster_ip == "fd00:10:96::7"
