@@ -40,7 +40,6 @@ mount_all() {
     umount -l "$groups"
     mount -t tmpfs tmpfs /run
     mkdir -p /run/lock /run/netns
-    mkdir -p /var/lib/{kubelet,containerd,cni} /var/log/{pods,containers} /etc/cni/net.d
     for folder in kubelet containerd cni; do mount --bind "$HOME_OF/$folder" "/var/lib/$folder"; done
     for folder in pods containers; do mount --bind "$HOME_OF/$folder" "/var/log/$folder"; done
     mount --bind "$HOME_OF/net.d" /etc/cni/net.d
