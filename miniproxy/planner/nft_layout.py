@@ -168,8 +168,8 @@ def affinity_map(family: Family) -> str:
 
 def affinity_chain(family: Family, group: Affinity) -> Chain:
     """Set `clients` remembers (destination, client, slot). A client that is remembered goes to its slot's endpoint;
-    any other tries slots in an order that its address alone decides, so that it comes to the same endpoint
-    through every frontend and every node, and takes the first that has an endpoint.
+    any other tries slots and takes the first that has an endpoint. Its port decides their order, as good as chance
+    but the same each time one rule asks: a client whose time is over gets a new endpoint, as in the other modes.
     """
     to = _destination(family, node_port=group.node_port)
     saddr = f"{ip(family)} saddr"
@@ -190,7 +190,7 @@ def affinity_chain(family: Family, group: Affinity) -> Chain:
         forgotten.append(f"delete @clients {{ {to} . {saddr} . {as_mark} }}")  # its endpoint is gone
     # Other seeds for another number of slots: the clients of a slot would share a few of twice as many.
     seeds = range(group.slots * PROBES, (group.slots + 1) * PROBES)
-    probes = [f"jhash {saddr} mod {group.slots} seed {seed:#x} offset {first}" for seed in seeds]
+    probes = [f"jhash {saddr} . th sport mod {group.slots} seed {seed:#x} offset {first}" for seed in seeds]
     chosen = [f"{to} . {probe} @occupied update @clients {client(probe)} {go(probe)}" for probe in probes]
     # When no more clients can be remembered, they are served all the same.
     unremembered = [*map(go, probes), *(go(_constant(code)) for code in codes)]
