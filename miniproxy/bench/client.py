@@ -6,7 +6,7 @@ import random
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 from .eye import Eye
@@ -61,13 +61,13 @@ def follow(world: World, eye: Eye, act: Callable[[], None], works: Callable[[], 
     return world.inside(CLIENT, watch)
 
 
-def written(eye: Eye, act: Callable[[], None], patience: float = 60.0) -> Seen:
-    """Make a change and watch until somebody has written: for what connections cannot show at once."""
-    stamp = eye.stamp()
+def written(look: Callable[[], Hashable], act: Callable[[], None], patience: float = 60.0) -> Seen:
+    """Make a change and look until something else is seen: for what connections cannot show at once."""
+    stamp = look()
     start = time.perf_counter()
     act()
     while (now := time.perf_counter()) - start < patience:
-        if eye.stamp() != stamp:
+        if look() != stamp:
             return Seen(now - start, None)
         time.sleep(_PAUSE)
     raise TooLate(f"not within {patience:.0f} s")

@@ -14,6 +14,9 @@ import struct
 from collections.abc import Hashable, Iterator
 from typing import Protocol
 
+from ..model import ServicePortName
+from ..planner.names import service_suffix
+from .objects import NAMESPACE
 from .world import NODE, World
 
 _NETLINK_NETFILTER = 12
@@ -33,6 +36,10 @@ class Eye(Protocol):
 
     def services(self) -> int:
         """So many services can be reached, all of them completely; 0 before there is any."""
+        ...
+
+    def endpoints(self, service: str) -> Hashable:
+        """Another value when this service has another number of endpoints."""
         ...
 
     def close(self) -> None: ...
@@ -111,6 +118,11 @@ class IptablesNft:
         # Two built-in chains jump to it, and its last rule is the one for NodePorts.
         return max(0, self._netfilter.uses("nat", "KUBE-SERVICES") - 3)
 
+    def endpoints(self, service: str) -> Hashable:
+        # The stamp would not do: a restore commits table filter before it comes to nat.
+        name = ServicePortName(NAMESPACE, service, "http", "TCP")
+        return self._netfilter.uses("nat", f"KUBE-SVC-{service_suffix(name)}")
+
     def close(self) -> None:
         self._netfilter.close()
 
@@ -128,6 +140,9 @@ class Nftables:
 
     def services(self) -> int:
         return self._netfilter.elements(self._table, self._name)
+
+    def endpoints(self, service: str) -> Hashable:
+        return self.stamp()
 
     def close(self) -> None:
         self._netfilter.close()
@@ -147,6 +162,9 @@ class IptablesLegacy:
 
     def services(self) -> int:
         return self._info()[0] // self._entries_per_service
+
+    def endpoints(self, service: str) -> Hashable:
+        return self._info()
 
     def close(self) -> None:
         self._socket.close()
@@ -174,6 +192,9 @@ class Ipvs:
         content = self._read()
         # A virtual server without real ones is not complete.
         return sum(1 for part in content.split(b"\nTCP ")[1:] if b"\n-> " in part)
+
+    def endpoints(self, service: str) -> Hashable:
+        return self._read()
 
     def close(self) -> None:
         self._file.close()

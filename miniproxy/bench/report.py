@@ -54,6 +54,7 @@ def _introduction(results: Results) -> str:
     lines += [
         f"- **measured in {where}**: compare with other figures from there only" for where in _environments(results)
     ]
+    lines += [f"- {note}" for note in results.notes]
     if results.interrupted:
         lines.append("- **interrupted**: some runs are missing")
     for run in results.runs:

@@ -58,6 +58,7 @@ class Results(msgspec.Struct, kw_only=True):
     options: dict[str, object]
     runs: list[Run] = []
     interrupted: bool = False
+    notes: list[str] = []  # whatever else a reader has to know
 
 
 Measure = Callable[[Run], Iterable[float | None]]

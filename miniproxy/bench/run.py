@@ -129,8 +129,8 @@ class Runner:
                 raise TooLate("the agent does not program the services")
             time.sleep(0.002)
         self.run.started = time.perf_counter() - start
-        self.run.started_cpu = self._agent.cpu()
         wait_quiet(self._agent, eye, 1.0)
+        self.run.started_cpu = self._agent.cpu()  # not before: what a tool has used shows when it has ended
         total, count = self._syncs("full")
         self.run.full_sync = total if count else None
 
@@ -215,8 +215,8 @@ class Runner:
     def _count(self, eye: Eye) -> None:
         """Endpoints added and removed, with wrappers around the tools, so without a clock."""
         self._step("counting")
-        self._agent.tools.start_counting()
         operations = self._operations()
+        self._agent.tools.start_counting()
         for index in range(self._plan.changes):
             self._add_endpoint(eye, self._pick(index))
             wait_quiet(self._agent, eye)
@@ -235,7 +235,7 @@ class Runner:
         return follow(self._world, eye, lambda: self._feed.update(after), lambda: ask(after.vip) == after.endpoints[-1])
 
     def _remove_endpoint(self, eye: Eye, after: Target) -> Seen:
-        return written(eye, lambda: self._feed.update(after))
+        return written(lambda: eye.endpoints(after.service_name), lambda: self._feed.update(after))
 
     def _pick(self, index: int) -> Target:
         """The service of the index'th change: spread over all of them."""
