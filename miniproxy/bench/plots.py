@@ -61,12 +61,14 @@ def _plot(results: Results, title: str, figures: Sequence[Figure], path: Path) -
         axes.grid(visible=True, which="both", alpha=0.25)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    all_axes[0][0].legend(fontsize="small")
     where = sorted({run.environment for run in results.runs if run.environment})
     endpoints = sorted({run.endpoints for run in results.runs})
     per_service = f"{'/'.join(map(str, endpoints))} endpoints per service"
     picture.suptitle(f"{title} ({per_service}{', in ' + ', '.join(where) if where else ''})")
-    picture.tight_layout()
+    lines, labels = all_axes[0][0].get_legend_handles_labels()
+    columns = 2 * len(figures)
+    picture.legend(lines, labels, loc="lower center", ncols=columns, fontsize="small", frameon=False)
+    picture.tight_layout(rect=(0, 0.06 * -(-len(labels) // columns), 1, 1))
     picture.savefig(path, metadata={"Date": None})
     pyplot.close(picture)
     return path
