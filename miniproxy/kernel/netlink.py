@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -19,7 +20,9 @@ ROUTE, GENERIC = 0, 16  # netlink protocols
 CREATE, EXCLUSIVE = 0x400, 0x200  # flags of requests that make something
 _REQUEST, _ACK, _DUMP = 1, 4, 0x300
 _ERROR, _DONE = 2, 3
-_SOL_NETLINK, _CAP_ACK = 270, 10
+_SOL_NETLINK, _CAP_ACK, _EXT_ACK = 270, 10, 11
+_SNDBUFFORCE = 32
+_OFFSET = 2  # attribute of an error
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _WINDOW = 100  # what fails answers with less than 1 kB each, and the socket's buffer holds 200 kB
@@ -32,6 +35,15 @@ class Request(NamedTuple):
     kind: int
     payload: bytes
     flags: int = 0
+
+
+class Refused(NamedTuple):
+    """Why a transaction was refused."""
+
+    request: int  # index of the one to blame
+    code: int  # errno
+    offset: int  # of what is wrong, in the message; 0: not said
+    length: int  # of the message
 
 
 def attribute(kind: int, value: bytes) -> bytes:
@@ -64,7 +76,8 @@ class Netlink:
     def open(cls, protocol: int) -> Self:
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         sock.bind((0, 0))
-        sock.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)  # errors without the request they are about
+        sock.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)  # errors without the request they are about,
+        sock.setsockopt(_SOL_NETLINK, _EXT_ACK, 1)  # and with where in it they are
         sock.settimeout(30)
         return cls(sock)
 
@@ -99,6 +112,35 @@ class Netlink:
                     return found
                 found.append(payload)
 
+    def transact(self, begin: Request, requests: Sequence[Request], end: Request) -> Refused | None:
+        """Make all requests, or none: the first that is refused. Raises OSError.
+
+        The kernel answers when it is through with all of them, errors first; the last asks for an acknowledgement.
+        """
+        first = self._sequence + 1
+        parts = []
+        for request in (begin, *requests, end):
+            self._sequence += 1
+            parts.append(self._pack(request, _REQUEST | request.flags | (_ACK if request is requests[-1] else 0)))
+        self._send_large(b"".join(parts))
+        refused = None
+        while True:
+            for kind, sequence, payload in messages(self._socket.recv(_BUFFER)):
+                if kind != _ERROR or sequence < first:
+                    continue
+                code, offset = -struct.unpack_from("=i", payload)[0], _offset(payload)
+                if code and refused is None:
+                    blamed = max(0, sequence - first - 1)  # the commit's own error is the beginning's
+                    refused = Refused(blamed, code, offset, len(parts[blamed + 1]))
+                if sequence in (first, self._sequence - 1):
+                    return refused
+
+    def _send_large(self, data: bytes) -> None:
+        """One send is one message to the kernel, however large, and has to fit the socket's buffer."""
+        if len(data) * 2 > self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF):
+            self._socket.setsockopt(socket.SOL_SOCKET, _SNDBUFFORCE, len(data) * 2)
+        self._socket.send(data)
+
     def _window(self, requests: Sequence[Request]) -> list[int]:
         first = self._sequence + 1
         parts = []
@@ -118,6 +160,11 @@ class Netlink:
         payload = request.payload
         padding = b"\0" * (-len(payload) % 4)
         return _HEADER.pack(16 + len(payload), request.kind, flags, self._sequence, 0) + payload + padding
+
+
+def _offset(error: bytes) -> int:
+    """Where in the request the error is, from 0 at its header; behind the errno comes the request's own header."""
+    return int.from_bytes(attributes(error[20:]).get(_OFFSET, b""), sys.byteorder)
 
 
 def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:

@@ -1,33 +1,33 @@
 """Writes and reads our nftables table of one family: the reconciler's backend for nftables mode.
 
-Small scripts go through libnftables in this process: that takes a fifth of a millisecond where running nft takes
-five, or twenty when something is deleted, since closing the program's socket waits until that is freed.
-Large ones are left to nft, which gives back the memory it needs for them.
+Nearly every change is elements alone; those go to the kernel directly (nft_elements.py, nfnetlink.py), which takes a
+tenth of a millisecond. Whatever makes or removes chains, rules or sets is left to the program nft: compiling rules is
+what it is for, and there are few, mostly when the table is made.
 """
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import os
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 from ..model import Family
 from ..planner import nft_parse, nft_script
 from ..planner.nft_layout import TABLE, Chain, ip
-from ..planner.nft_script import Held, Script
+from ..planner.nft_script import Elements, Held, Script, spelt
 from ..planner.nftables import NftablesObject
 from ..transaction import Change, Transaction, TransactionError
 from .exec import Completed, Runner, run
 from .netlink import Netlink
-from .nfnetlink import RawTable, open_netlink, read_table
+from .nfnetlink import RawTable, RefusedElement, open_netlink, read_table, write_elements
+from .nft_elements import Encoder
 
 OLDEST_NFT = (1, 0, 6)
 OLDEST_KERNEL = (5, 15)
-_LARGE = 1 << 18  # characters of a script
-_LIBRARY = "libnftables.so.1"
 
 Execute = Callable[[str], Completed]  # runs a script; all of it is done, or none
 
@@ -47,62 +47,6 @@ class Program:
             raise TransactionError(f"nft did not end within {error.timeout:.0f} s", transient=True) from None
 
 
-class Library:
-    """Scripts through libnftables. The network namespace is that in which it was opened."""
-
-    def __init__(self, library: ctypes.CDLL, context: int) -> None:
-        self._library = library
-        self._context = context
-
-    @classmethod
-    def open(cls, name: str = _LIBRARY) -> Library:
-        """Raises OSError if there is no such library, or it is not what it should be."""
-        library = ctypes.CDLL(name)
-        try:
-            library.nft_ctx_new.argtypes = [ctypes.c_uint32]
-            library.nft_ctx_new.restype = ctypes.c_void_p
-            for function in ("nft_ctx_buffer_output", "nft_ctx_buffer_error", "nft_ctx_free"):
-                getattr(library, function).argtypes = [ctypes.c_void_p]
-            library.nft_run_cmd_from_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-            library.nft_ctx_get_error_buffer.argtypes = [ctypes.c_void_p]
-            library.nft_ctx_get_error_buffer.restype = ctypes.c_char_p
-        except AttributeError as error:
-            raise OSError(f"{name}: {error}") from None
-        context = library.nft_ctx_new(0)
-        if not context:
-            raise OSError(f"{name}: no context")
-        library.nft_ctx_buffer_output(context)
-        library.nft_ctx_buffer_error(context)
-        return cls(library, context)
-
-    def __call__(self, script: str) -> Completed:
-        code = self._library.nft_run_cmd_from_buffer(self._context, script.encode())
-        errors = self._library.nft_ctx_get_error_buffer(self._context) or b""
-        return Completed(code, "", errors.decode(errors="replace"))
-
-    def close(self) -> None:
-        self._library.nft_ctx_free(self._context)
-
-
-class Nft:
-    """Both ways: the library for what is small, where there is one. Opens it when it is first needed."""
-
-    def __init__(self, program: Execute, library: Callable[[], Execute] = Library.open) -> None:
-        self._program = program
-        self._open = library
-        self._library: Execute | None = None
-
-    def __call__(self, script: str) -> Completed:
-        if len(script) > _LARGE:
-            return self._program(script)
-        if self._library is None:
-            try:
-                self._library = self._open()
-            except OSError:
-                self._library = self._program
-        return self._library(script)
-
-
 class Nftables:
     """Our table of one family."""
 
@@ -115,13 +59,19 @@ class Nftables:
         netlink: Callable[[], Netlink] = open_netlink,
     ) -> None:
         self.family = family
-        self._execute = execute or Nft(Program())
-        self._netlink = netlink
+        self._execute = execute or Program()
+        self._open = netlink
+        # Kept open: closing one waits until the kernel has freed what the last transaction deleted.
+        self._writer: Netlink | None = None
+        self._encoder = Encoder(family)
+        self._absent = False  # there was no table of ours when it was read
         self._held = Held.of(())
         self._rendered: tuple[Transaction, Script] | None = None
 
     def read(self) -> dict[Any, NftablesObject]:
-        parsed = nft_parse.parse(self.family, self._read())
+        raw = self._read()
+        self._absent = raw is None
+        parsed = nft_parse.parse(self.family, raw)
         self._held = parsed.held
         return parsed.objects
 
@@ -140,19 +90,62 @@ class Nftables:
         rendered, self._rendered = self._rendered, None
         if rendered is None or rendered[0] is not transaction:
             raise TransactionError("a transaction other than the last one rendered", transient=True)
-        if not transaction.text:
-            return
-        done = self._execute(transaction.text)
+        script = rendered[1]
+        if script.frame and self._absent:
+            # Nobody is served by a table that is not there, so it need not appear with all its elements at once.
+            self._run(script.frame)
+            self._write(script.elements)
+        elif script.frame:
+            self._run(transaction.text)
+        else:
+            self._write(script.elements)
+        self._held.advance(script.step)
+
+    def _run(self, text: str) -> None:
+        done = self._execute(text)
         if done.code:
-            raise _error(done, transaction.text)
-        self._held.advance(rendered[1].step)
+            raise _error(done, text)
+        self._absent = False
+
+    def _write(self, elements: Elements) -> None:
+        try:
+            deleted = {name: self._encoded(name, zip(keys, repeat(""))) for name, keys in elements.deleted.items()}
+            added = {name: self._encoded(name, all_) for name, all_ in elements.added.items()}
+            if self._writer is None:
+                self._writer = self._open()
+            refused = write_elements(self._writer, self.family, TABLE, deleted, added)
+        except OSError as error:
+            self._writer = None  # what it has not read yet would be taken for the answer to something else
+            raise TransactionError(f"nftables: {error}", transient=True) from None
+        if refused:
+            raise _refusal(refused, elements, f"{ip(self.family)} {TABLE}")
+
+    def _encoded(self, name: str, elements: Iterable[tuple[str, str]]) -> list[bytes]:
+        encode = self._encoder.of(name)
+        try:
+            return [encode(key, data) for key, data in elements]
+        except ValueError as error:
+            raise TransactionError(f"nftables: cannot be an element of {name}: {error}") from None
 
     def _read(self) -> RawTable | None:
         try:
-            with self._netlink() as netlink:
+            with self._open() as netlink:
                 return read_table(netlink, self.family, TABLE, nft_parse.SKIP)
         except OSError as error:
             raise TransactionError(f"nftables: {error}", transient=True) from None
+
+
+def _refusal(refused: RefusedElement, elements: Elements, where: str) -> TransactionError:
+    """What the kernel said, and the element it said it about, as a command of nft."""
+    verb, spelled = "delete", elements.deleted.get(refused.set, [])
+    if refused.adding:
+        verb, spelled = "add", [spelt(*element) for element in elements.added[refused.set]]
+    named = spelled[refused.place] if refused.place >= 0 else "…"
+    transient = refused.code in (errno.EPERM, errno.EBUSY, errno.ENOMEM, errno.EINTR, errno.ERESTART)
+    return TransactionError(
+        f"nftables: {os.strerror(refused.code)}: {verb} element {where} {refused.set} {{ {named} }}",
+        transient=transient,
+    )
 
 
 def _error(done: Completed, script: str) -> TransactionError:

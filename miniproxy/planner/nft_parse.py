@@ -20,7 +20,7 @@ from .nftables import Element, Entry, Frontend, NftablesObject, Refusal, Stray, 
 SKIP = frozenset({"clients"})  # what we never read: clients come and go by themselves
 _SHARED = ("cluster-ips", "node-ips", "hairpin")
 _ENDIAN: Literal["little", "big"] = sys.byteorder  # of the codes
-_PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
+PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}  # by their numbers in keys
 
 
 class RawElement(Protocol):
@@ -199,7 +199,7 @@ class _Parser:
         seconds = max((group.seconds for group in parts.groups.values()), default=0)
         return Frontend(
             address,
-            _PROTOCOLS.get(protocol, str(protocol)),
+            PROTOCOLS.get(protocol, str(protocol)),
             port,
             entry,
             _seats(parts, 0, slotted=bool(seconds)),

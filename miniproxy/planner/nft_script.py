@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import starmap
 from typing import Any, NamedTuple
 
 from ..model import Family
@@ -48,9 +49,38 @@ class Held(NamedTuple):
             del self.groups[group]
 
 
+class Elements(NamedTuple):
+    """Elements by set or map, in nft's text: keys, and (key, data); data is "" in a set."""
+
+    deleted: dict[str, list[str]]
+    added: dict[str, list[tuple[str, str]]]
+
+    def total(self) -> int:
+        return sum(map(len, self.deleted.values())) + sum(map(len, self.added.values()))
+
+    def lines(self, where: str) -> tuple[list[str], list[str]]:
+        """The commands that delete, and those that add."""
+        deleted = [_command("delete", where, name, keys) for name, keys in self.deleted.items()]
+        added = [_command("add", where, name, starmap(spelt, all_)) for name, all_ in self.added.items()]
+        return deleted, added
+
+
+def spelt(key: str, data: str) -> str:
+    """An element as nft writes it."""
+    return f"{key} : {data}" if data else key
+
+
+def _command(verb: str, where: str, name: str, elements: Iterable[str]) -> str:
+    return f"{verb} element {where} {name} {{ {', '.join(elements)} }}"
+
+
 class Script(NamedTuple):
+    """A transaction, and the same in two parts: what is no element, as text, and the elements as data."""
+
     transaction: Transaction
     step: Step
+    frame: str
+    elements: Elements
 
 
 def render(family: Family, changes: Iterable[Change], held: Held) -> Script:
@@ -58,7 +88,7 @@ def render(family: Family, changes: Iterable[Change], held: Held) -> Script:
     draft = _Draft(family, held)
     for change in changes:
         draft.add(change)
-    return Script(draft.transaction(), draft.step)
+    return draft.script()
 
 
 def seated(after: Frontend, before: Frontend | None) -> Frontend:
@@ -102,14 +132,12 @@ class _Draft:
         self.groups: Counter[Affinity] = Counter()  # how many more use them
         self.where = f"{ip(family)} {TABLE}"
         self.declared: list[str] = []
-        self.deleted: dict[str, list[str]] = {}
         self.unhooked: list[str] = []
         self.chains: list[str] = []
         self.rules: list[str] = []
-        self.added: dict[str, list[str]] = {}
         self.emptied: list[str] = []
         self.removed: list[str] = []
-        self.elements = 0
+        self.elements = Elements({}, {})
 
     def add(self, change: Change) -> None:
         match change.after or change.before:
@@ -165,18 +193,15 @@ class _Draft:
     def replace(self, before: Mapping[tuple[str, str], str], after: Mapping[tuple[str, str], str]) -> None:
         for (name, key), data in before.items():
             if after.get((name, key)) != data:
-                self.deleted.setdefault(name, []).append(key)
-                self.elements += 1
+                self.elements.deleted.setdefault(name, []).append(key)
         for (name, key), data in after.items():
             if before.get((name, key)) != data:
-                self.added.setdefault(name, []).append(f"{key} : {data}" if data else key)
-                self.elements += 1
+                self.elements.added.setdefault(name, []).append((key, data))
 
     def stray(self, stray: Stray) -> None:
         group = Affinity.named(stray.name) if stray.kind == "affinity" else None
         if stray.kind == "element":
-            self.deleted.setdefault(stray.name, []).append(stray.text)
-            self.elements += 1
+            self.elements.deleted.setdefault(stray.name, []).append(stray.text)
         elif group:
             self.groups[group] += 0  # looked at when it is known whether somebody uses it now
         else:
@@ -192,21 +217,25 @@ class _Draft:
             self.chain(group.name, chain, None)
             self.removed.append(f"delete map {self.where} {group.name}")
 
-    def transaction(self) -> Transaction:
+    def script(self) -> Script:
         for group, more in self.groups.items():
             there = group in self.held.groups
             needed = self.held.groups[group] + more > 0
             if there != needed:
                 self.group(group, adding=needed)
-        lines = [*self.declared]
-        lines += [f"delete element {self.where} {name} {{ {', '.join(keys)} }}" for name, keys in self.deleted.items()]
+        deleted, added = self.elements.lines(self.where)
         # Every chain before any rule, since rules refer to chains; rules before elements, since the kernel looks
         # through what the sets hold for each rule it adds.
-        lines += [*self.unhooked, *self.chains, *self.rules]
-        lines += [f"add element {self.where} {name} {{ {', '.join(all_)} }}" for name, all_ in self.added.items()]
-        lines += [*self.emptied, *self.removed]
-        fixed = len(lines) - len(self.deleted) - len(self.added)
-        return Transaction("".join(f"{line}\n" for line in lines), fixed + self.elements)
+        made = [*self.unhooked, *self.chains, *self.rules]
+        gone = [*self.emptied, *self.removed]
+        text = _text([*self.declared, *deleted, *made, *added, *gone])
+        frame = [*self.declared, *made, *gone]
+        operations = len(frame) + self.elements.total()
+        return Script(Transaction(text, operations), self.step, _text(frame), self.elements)
+
+
+def _text(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _elements(frontend: Frontend | None) -> dict[tuple[str, str], str]:

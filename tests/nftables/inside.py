@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from miniproxy.kernel.exec import Completed
 from miniproxy.kernel.netlink import Netlink
 from miniproxy.kernel.nfnetlink import open_netlink
-from miniproxy.kernel.nftables import Execute, Library, Nft, Nftables, Program
+from miniproxy.kernel.nftables import Nftables, Program
 from miniproxy.model import Family
+from miniproxy.transaction import Transaction
 from tests.packets.topology import Namespace
 
 _CLONE_NEWNET = 0x40000000
@@ -35,38 +36,38 @@ def entered(namespace: Namespace) -> Iterator[None]:
         os.close(there)
 
 
+class Noting(Nftables):
+    """Notes what is written, by whichever means."""
+
+    def __init__(self, place: Inside, family: Family) -> None:
+        super().__init__(family, Program(place.runner), place.netlink)
+        self._place = place
+
+    def apply(self, transaction: Transaction) -> None:
+        self._place.scripts.append(transaction.text)
+        super().apply(transaction)
+
+
 class Inside:
     """Everything of the backend, in a namespace."""
 
     def __init__(self, namespace: Namespace) -> None:
         self.namespace = namespace
-        self.scripts: list[str] = []  # all that were run, whatever came of them
+        self.scripts: list[str] = []  # all transactions, whatever came of them
 
     def runner(self, argv: Sequence[str], text: str = "", timeout: float = 60.0) -> Completed:
         done = subprocess.run(self.namespace.command(argv), input=text, capture_output=True, text=True, timeout=timeout)
         return Completed(done.returncode, done.stdout, done.stderr)
 
-    def library(self) -> Library:
-        with entered(self.namespace):
-            return Library.open()
-
     def netlink(self) -> Netlink:
         with entered(self.namespace):
             return open_netlink()
 
-    def backend(self, family: Family, *, by_library: bool = True) -> Nftables:
-        program = Program(self.runner)
-        return Nftables(family, self.noting(Nft(program, self.library) if by_library else program), self.netlink)
+    def backend(self, family: Family) -> Nftables:
+        return Noting(self, family)
 
-    def backends(self, *, by_library: bool = True) -> dict[Family, Nftables]:
-        return {family: self.backend(family, by_library=by_library) for family in Family}
-
-    def noting(self, execute: Execute) -> Execute:
-        def run(script: str) -> Completed:
-            self.scripts.append(script)
-            return execute(script)
-
-        return run
+    def backends(self) -> dict[Family, Nftables]:
+        return {family: self.backend(family) for family in Family}
 
     def nft(self, *argv: str, stdin: str = "") -> str:
         return self.namespace.run("nft", *argv, stdin=stdin)

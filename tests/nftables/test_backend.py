@@ -13,10 +13,11 @@ import pytest
 from miniproxy.agent import Agent
 from miniproxy.config import Settings
 from miniproxy.kernel.exec import Completed
-from miniproxy.kernel.nftables import Library, Nft, Nftables, Program, check, cleanup
+from miniproxy.kernel.nftables import Program, check, cleanup
 from miniproxy.model import Batch, Family, Object, Ref
 from miniproxy.planner import nftables
-from miniproxy.planner.nftables import Element, Frontend
+from miniproxy.planner.nft_layout import Chain
+from miniproxy.planner.nftables import Element, Frontend, NftablesObject
 from miniproxy.reconciler import Reconciler
 from miniproxy.transaction import Change, Transaction, TransactionError
 from tests import cluster
@@ -107,25 +108,42 @@ def test_tables_of_others_are_left_alone(place: Inside) -> None:
     assert place.nft("list", "ruleset") == other
 
 
-@pytest.mark.parametrize("by_library", [True, False])
-def test_a_refused_script_changes_nothing_and_says_why(place: Inside, by_library: bool) -> None:
+@pytest.mark.parametrize("more", [(), (Chain("more", None, ()),)], ids=["elements", "by nft"])
+def test_a_refused_transaction_changes_nothing_and_says_why(place: Inside, more: tuple[Chain, ...]) -> None:
     agent_in(place, 0)
-    backend = place.backend(Family.V4, by_library=by_library)
+    backend = place.backend(Family.V4)
     before = backend.read()
-    transaction = backend.render([Change(f.key, None, f) for f in (GOOD, BAD)])
+    objects: list[NftablesObject] = [GOOD, BAD, *more]
+    transaction = backend.render([Change(obj.key, None, obj) for obj in objects])
     with pytest.raises(TransactionError, match=r"10\.128\.0\.999") as caught:
         backend.apply(transaction)
     assert not caught.value.transient
     assert backend.read() == before
 
 
-@pytest.mark.parametrize("by_library", [True, False])
-def test_what_the_kernel_refuses_is_said_too(place: Inside, by_library: bool) -> None:
+@pytest.mark.parametrize("more", [(), (Chain("more", None, ()),)], ids=["elements", "by nft"])
+def test_what_the_kernel_refuses_is_said_too(place: Inside, more: tuple[Chain, ...]) -> None:
     agent_in(place, 0)
-    backend = place.backend(Family.V4, by_library=by_library)
+    backend = place.backend(Family.V4)
+    before = backend.read()
     gone = Element("cluster-ips", "10.96.0.9")
+    made: list[NftablesObject] = [GOOD, *more]
+    changes = [Change(gone.key, gone, None), *(Change(obj.key, None, obj) for obj in made)]
     with pytest.raises(TransactionError, match=r"No such file or directory: delete element .* 10\.96\.0\.9"):
-        backend.apply(backend.render([Change(gone.key, gone, None)]))
+        backend.apply(backend.render(changes))
+    assert backend.read() == before
+
+
+def test_the_element_to_blame_is_named_among_thousands(place: Inside) -> None:
+    """Also where they take several messages; all of them are one transaction."""
+    agent_in(place, 0)
+    backend = place.backend(Family.V4)
+    before = backend.read()
+    there = [Element("cluster-ips", f"10.97.{i // 256}.{i % 256}") for i in range(9000)]
+    backend.apply(backend.render([Change(e.key, None, e) for e in there if e.text != "10.97.30.7"]))
+    with pytest.raises(TransactionError, match=r"No such file or directory: delete element .* 10\.97\.30\.7 }"):
+        backend.apply(backend.render([Change(e.key, e, None) for e in there]))
+    assert len(backend.read()) == len(before) + 8999
 
 
 def test_a_bad_service_is_set_aside(place: Inside) -> None:
@@ -153,54 +171,25 @@ def test_when_somebody_deletes_the_table_it_is_made_again(place: Inside) -> None
 
 
 def test_many_transactions_leave_nothing_behind(place: Inside) -> None:
-    library = place.library()
-    there = "add table ip t { set s { type mark; }; }\n"
-    assert library(there).code == 0
-    scripts = ["add element ip t s { 1 }\n", "delete element ip t s { 1 }\n", "add element ip t nosuch { 1 }\n"]
+    agent_in(place, 0)
+    backend = place.backend(Family.V4)
+    backend.read()
+    good = [Change(GOOD.key, None, GOOD)], [Change(GOOD.key, GOOD, None)]
+    nobody = Element("cluster-ips", "10.96.0.9")
 
     def run(times: int) -> tuple[int, int]:
         for number in range(times):
-            assert bool(library(scripts[number % 3]).code) == (number % 3 == 2)
+            backend.apply(backend.render(good[number % 2]))
+            with pytest.raises(TransactionError):
+                backend.apply(backend.render([Change(nobody.key, nobody, None)]))
+        place.scripts.clear()
         gc.collect()
         return len(os.listdir("/proc/self/fd")), int(Path("/proc/self/statm").read_text().split()[1])
 
-    files, pages = run(999)
-    files_after, pages_after = run(9999)
+    files, pages = run(1000)
+    files_after, pages_after = run(4000)
     assert files_after == files
     assert pages_after - pages < 256  # 1 MB
-    library.close()
-
-
-def test_without_the_library_the_program_does_it(place: Inside) -> None:
-    def missing() -> Library:
-        return Library.open("libnftables-of-nowhere.so")
-
-    agent_in(place, 0)
-    backend = Nftables(Family.V4, Nft(Program(place.runner), missing), place.netlink)
-    backend.read()
-    backend.apply(backend.render([Change(GOOD.key, None, GOOD)]))
-    assert backend.read()[GOOD.key] == GOOD
-
-
-def test_a_library_that_is_none_is_not_used() -> None:
-    with pytest.raises(OSError, match=r"libc\.so\.6"):
-        Library.open("libc.so.6")
-
-
-def test_large_scripts_go_to_the_program() -> None:
-    taken: list[str] = []
-
-    def by(name: str) -> Nft:
-        def execute(script: str) -> Completed:
-            taken.append(name)
-            return Completed(0, "", "")
-
-        return execute  # type: ignore[return-value]
-
-    nft = Nft(by("program"), lambda: by("library"))
-    nft("add table ip t\n")
-    nft("#" * 1_000_000)
-    assert taken == ["library", "program"]
 
 
 @pytest.mark.parametrize(

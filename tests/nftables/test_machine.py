@@ -59,8 +59,8 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.context.__exit__(None, None, None)
 
-    def start(self, by_library: bool = True) -> None:
-        self.backends = self.inside.backends(by_library=by_library)
+    def start(self) -> None:
+        self.backends = self.inside.backends()
         self.agent = Agent(SETTINGS, nftables, self.backends)
         self.agent.handle(Batch(tuple(self.objects.values()), synced=True))
 
@@ -104,11 +104,11 @@ class Machine(RuleBasedStateMachine):
         if gone.kind != "Node":
             self.deliver(deletes=(gone,))
 
-    @rule(by_library=st.booleans())
-    def restart(self, by_library: bool) -> None:
-        """Whoever comes next, and by whichever means it writes, finds everything right, down to the seats."""
+    @rule()
+    def restart(self) -> None:
+        """Whoever comes next finds everything right, down to the seats."""
         before = {family: dict(backend._held.frontends) for family, backend in self.backends.items()}
-        self.start(by_library)
+        self.start()
         assert self.sync() == []
         assert {family: dict(backend._held.frontends) for family, backend in self.backends.items()} == before
 
