@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import msgspec
 
 from .config import Settings
-from .flows import Flows, Stale
+from .flows import CONNECTIONLESS, Flows, Stale
 from .log import fields
 from .model import Batch, Family, Node, PortKey, Problem, ProblemKind, Ref, ServicePort, ServicePortName
 from .observer import Conntrack, Observer, Synced
@@ -77,6 +77,7 @@ class Agent:
         self._observer = observer or Observer()
         self._clock = clock
         self._planned_for: Node | None = None
+        self._nodes: dict[Family, Node] = {}  # the same with the addresses it has by the kernel's word
         self._suspect: set[Family] = set(backends)  # whose kernel state has to be read before it is written
         self._planning = dict.fromkeys(backends, 0.0)  # seconds spent on it since the last sync
         self._compared: set[Family] = set()  # whose kernel state has been read since the last sync
@@ -113,6 +114,7 @@ class Agent:
             self._local = local
             self.tracker.touch_external()
         for family, reconciler in self.reconcilers.items():
+            self._nodes[family] = msgspec.structs.replace(node, local=local[family])
             reconciler.frame(self.planner.frame(self.settings, node, family, local[family]))
 
     def sync(self) -> list[Synced]:
@@ -143,15 +145,14 @@ class Agent:
         if port is None:
             reconciler.set(name, ())
             self._state(family, name, ())
-            self._note_flows(key, None, ())
+            self._note_flows(key, None, Serving())
             self._observer.planned(key, None, Serving())
             return
         port, reservations = self._review(port)
         serving = categorize(port, self.tracker.endpoints(key), self.tracker.node)
-        self._note_flows(key, port, map(str, serving.reachable))
+        self._note_flows(key, port, serving)
         self._observer.planned(key, port, serving)
-        node = msgspec.structs.replace(self.tracker.node, local=self._local.get(family, ()))
-        reconciler.set(name, self.planner.plan(port, serving, self.settings, node))
+        reconciler.set(name, self.planner.plan(port, serving, self.settings, self._nodes[family]))
         # The ports of one Service share its health check port; that is no conflict.
         conflicts = [(k, w) for k, w in reconciler.conflicts(name) if w is None or w[:2] != name[:2]]
         reasons = [f"{_traffic(k)} belongs to {winner}" for k, winner in conflicts]
@@ -175,8 +176,10 @@ class Agent:
         self._forget_flows(family)
         return Synced(family, result, "", self._clock() - start, full)
 
-    def _note_flows(self, key: PortKey, port: ServicePort | None, endpoints: Iterable[str]) -> None:
-        stale = self._flows.change(key, port, endpoints)
+    def _note_flows(self, key: PortKey, port: ServicePort | None, serving: Serving) -> None:
+        if key[0].protocol not in CONNECTIONLESS:
+            return
+        stale = self._flows.change(key, port, map(str, serving.reachable))
         if stale and key[1] not in self._fresh:
             self._stale.setdefault(key[1], []).extend(stale)
 
@@ -197,10 +200,12 @@ class Agent:
             log.warning("cannot look after conntrack: %s", error, extra=fields(family=family))
 
     def _state(
-        self, family: Family, name: ServicePortName, reasons: Iterable[str], what: ProblemKind = "Refused"
+        self, family: Family, name: ServicePortName, reasons: Sequence[str], what: ProblemKind = "Refused"
     ) -> None:
         ref = Ref("Service", name.namespace, name.name)
-        finder = f"{family} {name.port}/{name.protocol}"
+        finder = (family, name.port, name.protocol)
+        if not reasons and not self.problems.stand(finder, ref):
+            return
         field = f"port {name.port or name.protocol} ({family})"
         self._tell(self.problems.state(finder, ref, [Problem(ref, field, reason, what=what) for reason in reasons]))
 

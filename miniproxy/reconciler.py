@@ -37,7 +37,8 @@ class Reconciler:
         self.backend = backend
         self.aside: dict[ServicePortName, str] = {}  # service ports the kernel refused, and why
         self._wanted: dict[Owner, dict[Hashable, Any]] = {}
-        self._claims: dict[Hashable, list[Owner]] = {}  # who wants a key; few, so a list
+        self._owner: dict[Hashable, Owner] = {}  # who has a key
+        self._rivals: dict[Hashable, list[Owner]] = {}  # all who want it, its owner first, where there are several
         self._applied: dict[Hashable, Any] = {}
         self._dirty: dict[Hashable, Owner] = {}  # where the two differ, in the order found, and whose it is
 
@@ -57,52 +58,62 @@ class Reconciler:
 
     def desired(self) -> dict[Hashable, Any]:
         """Everything that should be, by key. Looks at all services: for comparisons, not for the change path."""
-        return {key: self._wanted[owners[0]][key] for key, owners in self._claims.items()}
+        return {key: self._wanted[owner][key] for key, owner in self._owner.items()}
 
     def conflicts(self, name: ServicePortName) -> list[tuple[Hashable, Owner]]:
         """Keys this service port wants and does not get because another has them with other content."""
+        wanted = self._wanted.get(name, {})
         found = []
-        for key, obj in self._wanted.get(name, {}).items():
-            winner = self._claims[key][0]
-            if winner != name and self._wanted[winner][key] != obj:
+        for key in wanted.keys() & self._rivals.keys():
+            winner = self._owner[key]
+            if winner != name and self._wanted[winner][key] != wanted[key]:
                 found.append((key, winner))
-        return found
+        return sorted(found, key=str)
 
     def _want(self, owner: Owner, objects: Iterable[Any]) -> None:
         before = self._wanted.pop(owner, {})
         after = {obj.key: obj for obj in objects}
         if after:
             self._wanted[owner] = after
-        for key in {**before, **after}:
-            if key not in after:
-                self._disclaim(key, owner)
-            elif key not in before:
+        for key in before.keys() - after.keys():
+            self._disclaim(key, owner)
+            self._compare(key, owner)
+        for key, obj in after.items():
+            if key not in before:
                 self._claim(key, owner)
-            if before.get(key) != after.get(key):
+                self._compare(key, owner)
+            elif before[key] != obj:
                 self._compare(key, owner)
 
     def _claim(self, key: Hashable, owner: Owner) -> None:
-        owners = self._claims.setdefault(key, [])
-        owners.append(owner)
+        if key not in self._owner:
+            self._owner[key] = owner
+            return
+        rivals = self._rivals.setdefault(key, [self._owner[key]])
+        rivals.append(owner)
         # The frame first, then the smallest name: who wins a conflict must not depend on who came first.
-        owners.sort(key=lambda o: (o is not None, o or ()))
+        rivals.sort(key=lambda o: (o is not None, o or ()))
+        self._owner[key] = rivals[0]
 
     def _disclaim(self, key: Hashable, owner: Owner) -> None:
-        owners = self._claims[key]
-        owners.remove(owner)
-        if not owners:
-            del self._claims[key]
+        rivals = self._rivals.get(key)
+        if rivals is None:
+            del self._owner[key]
+            return
+        rivals.remove(owner)
+        self._owner[key] = rivals[0]
+        if len(rivals) == 1:
+            del self._rivals[key]
 
     def _compare(self, key: Hashable, owner: Owner) -> None:
         """Note whether a key is as it should be; `owner` answers for it where nobody wants it any more."""
         if self._desired(key) == self._applied.get(key):
             self._dirty.pop(key, None)
         else:
-            self._dirty[key] = self._claims[key][0] if key in self._claims else owner
+            self._dirty[key] = self._owner.get(key, owner)
 
     def _desired(self, key: Hashable) -> Any:
-        owners = self._claims.get(key)
-        return self._wanted[owners[0]][key] if owners else None
+        return self._wanted[self._owner[key]][key] if key in self._owner else None
 
     # -- what is
 
@@ -117,14 +128,17 @@ class Reconciler:
 
     def _read(self) -> None:
         applied: dict[Hashable, Any] = {}
+        dirty: dict[Hashable, Owner] = {}
         for key, obj in self.backend.read().items():
             wanted = self._desired(key)
-            # Kept in the planned spelling, so that from here on equality is plain equality.
-            applied[key] = wanted if wanted is not None and self.backend.same(wanted, obj) else obj
+            if wanted is not None and self.backend.same(wanted, obj):
+                applied[key] = wanted  # in the planned spelling, so that from here on equality is plain equality
+            else:
+                applied[key] = obj
+                dirty[key] = self._owner.get(key, _STALE)
+        dirty.update((key, owner) for key, owner in self._owner.items() if key not in applied)
         self._applied = applied
-        self._dirty = {}
-        for key in {**self._claims, **applied}:
-            self._compare(key, _STALE)
+        self._dirty = dirty
 
     @property
     def applied(self) -> Mapping[Hashable, Any]:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from functools import lru_cache
 from typing import NamedTuple
 
 from ..config import Settings
 from ..model import Endpoint, Family, Node, ServicePort
 from ..policy import Serving
-from .names import endpoint_chain, service_suffix
+from .names import hashed, suffix
 
 MARK_MASQ = "KUBE-MARK-MASQ"
 NODE_PORTS = "KUBE-NODEPORTS"
@@ -125,11 +126,15 @@ class _ServicePlan:
         self.node = node
         self.proto = port.name.protocol.lower()
         self.text = str(port.name)
-        suffix = service_suffix(port.name)
-        self.cluster_chain = "KUBE-SVC-" + suffix
-        self.local_chain = "KUBE-SVL-" + suffix
-        self.external_chain = "KUBE-EXT-" + suffix
-        self.firewall_chain = "KUBE-FW-" + suffix
+        seed = hashed(port.name)
+        end = suffix(seed)
+        self.cluster_chain = "KUBE-SVC-" + end
+        self.local_chain = "KUBE-SVL-" + end
+        self.external_chain = "KUBE-EXT-" + end
+        self.firewall_chain = "KUBE-FW-" + end
+        # By the endpoint as text, which many rules need.
+        self.endpoints = {str(e): e for e in serving.reachable}
+        self.chains = {text: "KUBE-SEP-" + suffix(seed + text) for text in self.endpoints}
         self.internal_chain = self.local_chain if port.internal_local else self.cluster_chain
         self.has_internal = bool(serving.local) if port.internal_local else serving.any
         self.has_external = bool(serving.local) if port.external_local else serving.any
@@ -146,8 +151,8 @@ class _ServicePlan:
         for chain, endpoints in self.balanced():
             rules = list(self.internal_masquerade()) if chain == self.internal_chain else []
             yield Chain("nat", chain, (*rules, *self.balance(endpoints)))
-        for endpoint in self.serving.reachable:
-            yield self.endpoint(endpoint)
+        for text, endpoint in self.endpoints.items():
+            yield self.endpoint(text, endpoint)
 
     def balanced(self) -> Iterator[tuple[str, tuple[Endpoint, ...]]]:
         if self.port.uses_cluster_endpoints and self.serving.cluster:
@@ -270,7 +275,7 @@ class _ServicePlan:
         yield (f'-m comment --comment "other traffic to {self.text} will be dropped by {PROXY_FIREWALL}"')
 
     def balance(self, endpoints: Sequence[Endpoint]) -> Iterator[str]:
-        chains = [(endpoint_chain(self.port.name, e), f"{self.text} -> {e}") for e in endpoints]
+        chains = [(self.chains[text], f"{self.text} -> {text}") for text in map(str, endpoints)]
         if self.port.affinity_seconds:
             for chain, comment in chains:
                 recent = f"--rcheck --seconds {self.port.affinity_seconds} --reap {self.recent(chain)}"
@@ -279,8 +284,8 @@ class _ServicePlan:
             random = f"-m statistic --mode random --probability {_probability(left)} " if left > 1 else ""
             yield f'-m comment --comment "{comment}" {random}-j {chain}'
 
-    def endpoint(self, endpoint: Endpoint) -> Chain:
-        chain = endpoint_chain(self.port.name, endpoint)
+    def endpoint(self, text: str, endpoint: Endpoint) -> Chain:
+        chain = self.chains[text]
         comment = f'-m comment --comment "{self.text}"'
         remember = f"-m recent --set {self.recent(chain)} " if self.port.affinity_seconds else ""
         return Chain(
@@ -288,7 +293,7 @@ class _ServicePlan:
             chain,
             (
                 f"-s {host(endpoint.ip)} {comment} -j {MARK_MASQ}",  # hairpin: a pod that reaches itself
-                f"-p {self.proto} {comment} {remember}-m {self.proto} -j DNAT --to-destination {endpoint}",
+                f"-p {self.proto} {comment} {remember}-m {self.proto} -j DNAT --to-destination {text}",
             ),
         )
 
@@ -452,6 +457,7 @@ def contains(cidr: str, ip: str) -> bool:
     return Family.of(cidr) is Family.of(ip) and ipaddress.ip_address(ip) in ipaddress.ip_network(cidr, strict=False)
 
 
+@lru_cache(maxsize=1024)
 def _probability(left: int) -> str:
     """1/left as the kernel keeps it (a fraction of 2³¹) and iptables-save prints it."""
     return f"{round(0x80000000 / left) / 0x80000000:.11f}"

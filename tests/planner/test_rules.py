@@ -95,8 +95,8 @@ def test_a_chain_is_emptied_before_what_it_refers_to_is_dropped() -> None:
     lines = rules.render([change(sep, None), change(svc, None)]).text.splitlines()
     assert lines == [
         "*nat",
-        f":{sep.name} - [0:0]",
         f":{svc.name} - [0:0]",
+        f":{sep.name} - [0:0]",
         f"-X {sep.name}",
         f"-X {svc.name}",
         "COMMIT",
