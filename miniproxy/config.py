@@ -96,7 +96,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def cluster_cidr(self, family: Family) -> str:
         """The CIDR of pods in that family, "" if there is none."""
-        return next((cidr for cidr in self.cluster_cidrs if Family.of(cidr) is family), "")
+        for cidr in self.cluster_cidrs:
+            if Family.of(cidr) is family:
+                return cidr
+        return ""
 
 
 class Origin(NamedTuple):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ..config import Settings
 from ..model import Endpoint, Family, Node, ServicePort
 from ..policy import Serving
-from .names import hashed, suffix
+from .names import suffix
 
 MARK_MASQ = "KUBE-MARK-MASQ"
 NODE_PORTS = "KUBE-NODEPORTS"
@@ -70,6 +70,11 @@ class Chain(NamedTuple):
     def key(self) -> tuple[str, ...]:
         return ("chain", self.table, self.name)
 
+    def added(self) -> list[str]:
+        """What iptables-restore adds it with, the chain itself apart; it takes it away by emptying the chain."""
+        start = f"-A {self.name} "
+        return [start + rule for rule in self.rules]
+
 
 class DispatchChain(NamedTuple):
     """A chain that holds DispatchRules of many services in any order, and then the rules of `tail`."""
@@ -81,6 +86,12 @@ class DispatchChain(NamedTuple):
     @property
     def key(self) -> tuple[str, ...]:
         return ("chain", self.table, self.name)
+
+    def added(self) -> list[str]:
+        return [f"-A {self.name} {rule}" for rule in self.tail]
+
+    def removed(self) -> list[str]:
+        return [f"-D {self.name} {rule}" for rule in self.tail]
 
 
 class DispatchRule(NamedTuple):
@@ -95,6 +106,12 @@ class DispatchRule(NamedTuple):
     def key(self) -> tuple[str, ...]:
         return ("rule", self.table, self.chain, self.claim)
 
+    def added(self) -> list[str]:
+        return [f"-I {self.chain} {self.rule}"]  # at the head, so that a tail stays last
+
+    def removed(self) -> list[str]:
+        return [f"-D {self.chain} {self.rule}"]
+
 
 class Hooks(NamedTuple):
     """Our jumps from a built-in chain, in this order, at its head when they have to be put there."""
@@ -106,6 +123,12 @@ class Hooks(NamedTuple):
     @property
     def key(self) -> tuple[str, ...]:
         return ("hooks", self.table, self.chain)
+
+    def added(self) -> list[str]:
+        return [f"-I {self.chain} {rule}" for rule in reversed(self.rules)]
+
+    def removed(self) -> list[str]:
+        return [f"-D {self.chain} {rule}" for rule in self.rules]
 
 
 IptablesObject = Chain | DispatchChain | DispatchRule | Hooks
@@ -126,7 +149,7 @@ class _ServicePlan:
         self.node = node
         self.proto = port.name.protocol.lower()
         self.text = str(port.name)
-        seed = hashed(port.name)
+        seed = self.text + self.proto
         end = suffix(seed)
         self.cluster_chain = "KUBE-SVC-" + end
         self.local_chain = "KUBE-SVL-" + end

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -43,11 +43,9 @@ def render(changes: Sequence[Change]) -> Transaction:
     Inside a table everything is atomic, between the tables it is not: filter comes first when it gains
     refusals (they do not match what nat still translates), and last when it only loses them.
     """
-    by_table: dict[str, list[Change]] = defaultdict(list)
+    by_table: dict[str, list[Change]] = {table: [] for table in TABLES}
     for change in changes:
-        obj = change.after or change.before
-        assert obj is not None
-        by_table[obj.table].append(change)
+        by_table[(change.after or change.before).table].append(change)
     order = list(TABLES)
     if all(c.after is None for c in by_table["filter"]):
         order.reverse()
@@ -56,22 +54,21 @@ def render(changes: Sequence[Change]) -> Transaction:
     return Transaction("\n".join(lines), operations=len(lines) - 1)
 
 
-def _table(table: str, changes: Sequence[Change]) -> Iterator[str]:
+def _table(table: str, changes: Sequence[Change]) -> list[str]:
     # Naming a chain makes it, or empties it: with its rules go its references to chains that are to be dropped.
     emptied = {c.key[2] for c in changes if _empties(c)}
     dropped = sorted(c.key[2] for c in changes if c.after is None and c.key[0] == "chain")
-    yield f"*{table}"
     # Downwards: both variants keep chains in a sorted list and look for a new one's place from its front, so this
     # saves a fifth of the tool's time.
-    yield from (f":{name} - [0:0]" for name in sorted(emptied, reverse=True))
+    lines = [f"*{table}", *(f":{name} - [0:0]" for name in sorted(emptied, reverse=True))]
     for change in changes:
-        if change.before is not None:
-            yield from _removals(change.before, emptied)
+        # The key's third part is the chain, whatever the object.
+        if change.before is not None and change.key[2] not in emptied:
+            lines += change.before.removed()
     for change in changes:
         if change.after is not None:
-            yield from _additions(change.after)
-    yield from (f"-X {name}" for name in dropped)
-    yield "COMMIT"
+            lines += change.after.added()
+    return [*lines, *(f"-X {name}" for name in dropped), "COMMIT"]
 
 
 def removal(obj: IptablesObject, keep: set[tuple[str, str]]) -> Iterator[Change]:
@@ -89,25 +86,6 @@ def _empties(change: Change) -> bool:
     kind = change.key[0]
     dispatch = isinstance(change.before, DispatchChain) and isinstance(change.after, DispatchChain)
     return kind == "chain" and not dispatch
-
-
-def _removals(before: IptablesObject, emptied: set[str]) -> Iterable[str]:
-    match before:
-        case DispatchRule(chain=chain, rule=rule) if chain not in emptied:
-            return (f"-D {chain} {rule}",)
-        case DispatchChain(name=chain, tail=rules) | Hooks(chain=chain, rules=rules) if chain not in emptied:
-            return [f"-D {chain} {rule}" for rule in rules]
-    return ()
-
-
-def _additions(after: IptablesObject) -> Iterable[str]:
-    match after:
-        case Chain(name=chain, rules=rules) | DispatchChain(name=chain, tail=rules):
-            return [f"-A {chain} {rule}" for rule in rules]
-        case DispatchRule(chain=chain, rule=rule):
-            return (f"-I {chain} {rule}",)  # at the head, so that a tail stays last
-        case Hooks(chain=chain, rules=rules):
-            return [f"-I {chain} {rule}" for rule in reversed(rules)]
 
 
 # -- reading
