@@ -188,7 +188,11 @@ class _Draft:
         self.step.frontends[change.key] = after
         self.groups.subtract(before.groups() if before else ())
         self.groups.update(after.groups() if after else ())
-        self.replace(_elements(before), _elements(after))
+        if before is None and after is not None:
+            for name, key, data in after.elements():
+                self.elements.added.setdefault(name, []).append((key, data))
+        else:
+            self.replace(_elements(before), _elements(after))
 
     def replace(self, before: Mapping[tuple[str, str], str], after: Mapping[tuple[str, str], str]) -> None:
         for (name, key), data in before.items():
