@@ -92,3 +92,11 @@ def test_names_the_problems_of_the_service(folder: Path, tmp_path: Path) -> None
     (mine / "services.json").write_text(json.dumps(services))
     assert "spec.externalIPs[0]" in explain(mine, "feat/cip").output
     assert "spec.externalIPs[0]" not in explain(mine, "feat/np").output
+
+
+@pytest.mark.parametrize("mode", ["nftables", "ipvs"])
+def test_other_modes_say_whose_rules_these_are(folder: Path, mode: str) -> None:
+    done = explain(folder, "feat/noep", "--proxy-mode", mode)
+    assert done.exit_code == 0, done.output
+    assert f"decide the same as {mode} mode does" in done.output
+    assert "decide the same" not in explain(folder, "feat/noep").output

@@ -167,6 +167,12 @@ def _print(agent: Agent, problems: list[Problem], results: list[_Result], all_ru
         click.secho(f"! no Node object named {node.name!r} is known: say --hostname-override", fg="yellow")
     for problem in problems:
         click.secho(f"! {problem}", fg="yellow")
+    mode = agent.settings.mode
+    if mode != "iptables":
+        click.echo(
+            f"the way is shown by the rules of iptables mode, which decide the same as {mode} mode does (docs/modes.md "
+            f"has the exceptions); miniproxy plan --proxy-mode {mode} prints what the kernel holds"
+        )
     shown: set[object] = set()
     for result in results:
         key = (result.place.port.name, result.place.port.family)
