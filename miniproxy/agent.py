@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import msgspec
@@ -25,6 +26,8 @@ from .tracker import Tracker
 from .transaction import Backend, TransactionError
 
 log = logging.getLogger(__name__)
+
+_LOOK_HOLDS = 10.0  # seconds for which the first sync believes what `look` has read
 
 
 class Planner(Protocol):
@@ -80,6 +83,21 @@ class Agent:
         self._suspect: set[Family] = set(backends)  # whose kernel state has to be read before it is written
         self._planning = dict.fromkeys(backends, 0.0)  # seconds spent on it since the last sync
         self._compared: set[Family] = set()  # whose kernel state has been read since the last sync
+        self._seen: dict[Family, Mapping[Hashable, Any]] = {}  # the kernel state as `look` has read it
+        self._seen_at = 0.0
+
+    def look(self) -> None:
+        """Read the kernel ahead of the first sync, which then need not if it comes soon: while a source lists all
+        there is, the tools that read can run. It may take as long as they do.
+        """
+        for family, reconciler in self.reconcilers.items():
+            with suppress(TransactionError):  # the sync will meet it too, and say so
+                self._seen[family] = reconciler.backend.read()
+        self._seen_at = self._clock()
+
+    def _take_seen(self, family: Family) -> Mapping[Hashable, Any] | None:
+        seen = self._seen.pop(family, None)
+        return seen if self._clock() - self._seen_at < _LOOK_HOLDS else None
 
     def handle(self, batch: Batch) -> None:
         """Fold in what a source hands over; nothing reaches the kernel before sync."""
@@ -164,7 +182,7 @@ class Agent:
         self._compared.discard(family)
         try:
             if family in self._suspect:
-                reconciler.adopt()
+                reconciler.adopt(self._take_seen(family))
             result = reconciler.sync(bisect=family in self._suspect)
         except TransactionError as error:
             self._suspect.add(family)

@@ -26,7 +26,6 @@ def _without_zeros(dotted: str) -> str:
     return ".".join(str(int(part)) for part in parts)
 
 
-@lru_cache(maxsize=32768)
 def address(text: str) -> str:
     """The canonical text of an IP address, "" if it is none. IPv4-mapped IPv6 is IPv4, as it is in Go."""
     try:
@@ -72,7 +71,6 @@ def cidr(text: str) -> str:
     return f"{socket.inet_ntop(family, network)}/{length}"
 
 
-@lru_cache(maxsize=32768)
 def proxyable(text: str, family: Family | None, special: re.Pattern[str]) -> tuple[str, str]:
     """(canonical address, "") or ("", what is wrong with it). `special`: what a proxy may not use there."""
     ip = address(text)

@@ -9,7 +9,7 @@ whole, and its last good version keeps serving.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Annotated, Any, NamedTuple
@@ -263,12 +263,12 @@ class ObjectList(_Struct):
 class _Report:
     """Collects the problems of one object."""
 
-    def __init__(self, ref: Ref) -> None:
-        self.ref = ref
+    def __init__(self, kind: Kind, namespace: str, name: str) -> None:
+        self._identity = kind, namespace, name
         self.problems: list[Problem] = []
 
     def add(self, field: str, reason: str) -> None:
-        self.problems.append(Problem(self.ref, field, reason))
+        self.problems.append(Problem(_ref(*self._identity), field, reason))
 
     def refuse(self) -> Converted:
         return Converted(None, tuple(self.problems))
@@ -388,7 +388,7 @@ def _service(wire: _Service) -> Converted:
     metadata = wire.metadata or _Metadata()
     spec = wire.spec or _ServiceSpec()
     namespace, name = metadata.namespace or "", metadata.name or ""
-    report = _Report(_ref("Service", namespace, name))
+    report = _Report("Service", namespace, name)
     if not _identity(report, metadata, label, LABEL_RULE):
         return report.refuse()
     if _not_proxied(metadata, spec):
@@ -426,6 +426,8 @@ def _service(wire: _Service) -> Converted:
 def _identity(
     report: _Report, metadata: _Metadata, check: Callable[[str], str], rule: str, namespaced: bool = True
 ) -> bool:
+    if check(metadata.name or "") and (not namespaced or label(metadata.namespace or "")):
+        return True
     fields = [("metadata.name", metadata.name, check, rule)]
     if namespaced:
         fields.insert(0, ("metadata.namespace", metadata.namespace, label, LABEL_RULE))
@@ -533,8 +535,10 @@ def _addresses(texts: Iterable[str] | None, path: str, report: _Report) -> dict[
     return _by_family(good)
 
 
-def _by_family(texts: Iterable[str]) -> dict[Family, tuple[str, ...]]:
+def _by_family(texts: Collection[str]) -> dict[Family, tuple[str, ...]]:
     """Each once, in the order given. The other family's are no fault: each family takes its own."""
+    if not texts:  # most Services
+        return {}
     unique = dict.fromkeys(texts)
     return {family: tuple(text for text in unique if Family.of(text) is family) for family in Family}
 
@@ -567,10 +571,10 @@ def _source_ranges(texts: list[str] | None, report: _Report) -> dict[Family, tup
     kube-proxy has never read it, so neither does this: taking over must not start to drop traffic.
     """
     canonical = [cidr(text) for text in texts or ()]
-    by_family = _by_family(filter(None, canonical))
+    by_family = _by_family([text for text in canonical if text])
     if "" not in canonical:
         return by_family
-    closed = [family for family in Family if not by_family[family]]
+    closed = [family for family in Family if not by_family.get(family)]
     for i, (text, good) in enumerate(zip(texts or (), canonical, strict=True)):
         if not good:
             note = f"; until then no {' or '.join(map(str, closed))} client is let in" if closed else ""
@@ -654,7 +658,7 @@ def _endpoint_slice(wire: _EndpointSlice) -> Converted:
     metadata = wire.metadata or _Metadata()
     labels = metadata.labels or _Labels()
     namespace, name = metadata.namespace or "", metadata.name or ""
-    report = _Report(_ref("EndpointSlice", namespace, name))
+    report = _Report("EndpointSlice", namespace, name)
     if not _identity(report, metadata, subdomain, SUBDOMAIN_RULE):
         return report.refuse()
     family = _ADDRESS_TYPES.get(wire.address_type)
@@ -764,7 +768,7 @@ def _node(wire: _Node) -> Converted:
     metadata = wire.metadata or _Metadata()
     spec = wire.spec or _NodeSpec()
     name = metadata.name or ""
-    report = _Report(_ref("Node", "", name))
+    report = _Report("Node", "", name)
     if not _identity(report, metadata, subdomain, SUBDOMAIN_RULE, namespaced=False):
         return report.refuse()
     zone = (metadata.labels.zone if metadata.labels else None) or ""
@@ -825,7 +829,7 @@ def _cidrs(texts: list[str], path: str, report: _Report) -> tuple[str, ...]:
 def _service_cidr(wire: _ServiceCIDR) -> Converted:
     metadata = wire.metadata or _Metadata()
     name = metadata.name or ""
-    report = _Report(_ref("ServiceCIDR", "", name))
+    report = _Report("ServiceCIDR", "", name)
     if not _identity(report, metadata, subdomain, SUBDOMAIN_RULE, namespaced=False):
         return report.refuse()
     texts = (wire.spec.cidrs if wire.spec else None) or []
