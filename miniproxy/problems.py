@@ -24,7 +24,8 @@ class Problems:
 
     def of_batch(self, batch: Batch) -> News:
         """Take a source's word: objects it hands over or withdraws have the problems it states now, no others."""
-        stated: dict[Ref, list[Problem]] = {ref: [] for ref in (*batch.deletes, *(o.ref for o in batch.upserts))}
+        handed_over = (*batch.deletes, *(thing.ref for thing in batch.upserts))
+        stated: dict[Ref, list[Problem]] = {ref: [] for ref in handed_over if ("source", ref) in self._standing}
         for problem in batch.problems:
             stated.setdefault(problem.ref, []).append(problem)
         return _join(self.state("source", ref, found) for ref, found in stated.items())
