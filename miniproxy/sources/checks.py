@@ -94,15 +94,24 @@ SUBDOMAIN_RULE = "use at most 253 lower-case letters, digits, '-' and '.', with 
 LABEL_VALUE_RULE = "use at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends"
 
 
-# The caches also make equal names one string: a slice of a thousand endpoints names few nodes and zones.
+def is_subdomain(text: str) -> bool:
+    return len(text) <= 253 and _SUBDOMAIN.fullmatch(text) is not None
+
+
+def is_label(text: str) -> bool:
+    return _LABEL.fullmatch(text) is not None
+
+
+# For names that many objects share. The caches also make equal names one string: a slice of a thousand endpoints names
+# few nodes and zones. An object's own name would only crowd them out.
 @lru_cache(maxsize=8192)
 def subdomain(text: str) -> str:
-    return text if len(text) <= 253 and _SUBDOMAIN.fullmatch(text) else ""
+    return text if is_subdomain(text) else ""
 
 
 @lru_cache(maxsize=8192)
 def label(text: str) -> str:
-    return text if _LABEL.fullmatch(text) else ""
+    return text if is_label(text) else ""
 
 
 @lru_cache(maxsize=1024)

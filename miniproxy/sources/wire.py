@@ -41,6 +41,8 @@ from .checks import (
     SUBDOMAIN_RULE,
     UNSPECIFIED_OR_LOOPBACK,
     cidr,
+    is_label,
+    is_subdomain,
     label,
     label_value,
     proxyable,
@@ -389,8 +391,9 @@ def _service(wire: _Service) -> Converted:
     spec = wire.spec or _ServiceSpec()
     namespace, name = metadata.namespace or "", metadata.name or ""
     report = _Report("Service", namespace, name)
-    if not _identity(report, metadata, label, LABEL_RULE):
+    if not _identity(report, metadata, is_label, LABEL_RULE):
         return report.refuse()
+    namespace = label(namespace)
     if _not_proxied(metadata, spec):
         return report.done(Service(namespace, name))
     cluster_ips = _cluster_ips(spec, report)
@@ -424,13 +427,13 @@ def _service(wire: _Service) -> Converted:
 
 
 def _identity(
-    report: _Report, metadata: _Metadata, check: Callable[[str], str], rule: str, namespaced: bool = True
+    report: _Report, metadata: _Metadata, check: Callable[[str], bool], rule: str, namespaced: bool = True
 ) -> bool:
     if check(metadata.name or "") and (not namespaced or label(metadata.namespace or "")):
         return True
     fields = [("metadata.name", metadata.name, check, rule)]
     if namespaced:
-        fields.insert(0, ("metadata.namespace", metadata.namespace, label, LABEL_RULE))
+        fields.insert(0, ("metadata.namespace", metadata.namespace, is_label, LABEL_RULE))
     for path, text, fits, how in fields:
         if not text:
             report.add(path, f"is missing: {how}")
@@ -659,14 +662,14 @@ def _endpoint_slice(wire: _EndpointSlice) -> Converted:
     labels = metadata.labels or _Labels()
     namespace, name = metadata.namespace or "", metadata.name or ""
     report = _Report("EndpointSlice", namespace, name)
-    if not _identity(report, metadata, subdomain, SUBDOMAIN_RULE):
+    if not _identity(report, metadata, is_subdomain, SUBDOMAIN_RULE):
         return report.refuse()
     family = _ADDRESS_TYPES.get(wire.address_type)
     service = labels.service_name or ""
     if family is None:
         wrong = f"{quote(wire.address_type)} is unknown" if wire.address_type else "is missing"
         report.add("addressType", f"{wrong}: write IPv4 or IPv6")
-    if service and not label(service):
+    if service and not is_label(service):
         report.add(f"metadata.labels[{SERVICE_NAME}]", f"{quote(service)} names no Service: {LABEL_RULE}")
     if family is None or report.problems:
         return report.refuse()
@@ -676,7 +679,7 @@ def _endpoint_slice(wire: _EndpointSlice) -> Converted:
         EndpointSlice(
             label(namespace),
             name,
-            label(service),
+            service,
             family,
             _slice_ports(wire.ports or [], report),
             _endpoints(wire.endpoints or [], family, report),
@@ -769,7 +772,7 @@ def _node(wire: _Node) -> Converted:
     spec = wire.spec or _NodeSpec()
     name = metadata.name or ""
     report = _Report("Node", "", name)
-    if not _identity(report, metadata, subdomain, SUBDOMAIN_RULE, namespaced=False):
+    if not _identity(report, metadata, is_subdomain, SUBDOMAIN_RULE, namespaced=False):
         return report.refuse()
     zone = (metadata.labels.zone if metadata.labels else None) or ""
     if zone and not label_value(zone):
@@ -830,7 +833,7 @@ def _service_cidr(wire: _ServiceCIDR) -> Converted:
     metadata = wire.metadata or _Metadata()
     name = metadata.name or ""
     report = _Report("ServiceCIDR", "", name)
-    if not _identity(report, metadata, subdomain, SUBDOMAIN_RULE, namespaced=False):
+    if not _identity(report, metadata, is_subdomain, SUBDOMAIN_RULE, namespaced=False):
         return report.refuse()
     texts = (wire.spec.cidrs if wire.spec else None) or []
     return report.done(ServiceCIDR(name, _cidrs(texts, "spec.cidrs[{}]", report)))
