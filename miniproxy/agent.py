@@ -20,7 +20,7 @@ from .log import fields
 from .model import Batch, Family, Node, PortKey, Problem, ProblemKind, Ref, ServicePort, ServicePortName
 from .observer import Conntrack, Observer, Synced
 from .policy import Serving, categorize
-from .problems import News, Problems
+from .problems import NO_NEWS, News, Problems
 from .reconciler import Reconciler
 from .tracker import Tracker
 from .transaction import Backend, TransactionError
@@ -80,6 +80,7 @@ class Agent:
         self._observer = observer or Observer()
         self._clock = clock
         self._planned_for: Node | None = None
+        self._nodes: dict[Family, Node] = {}  # the same, as each family's service ports are planned for
         self._suspect: set[Family] = set(backends)  # whose kernel state has to be read before it is written
         self._planning = dict.fromkeys(backends, 0.0)  # seconds spent on it since the last sync
         self._compared: set[Family] = set()  # whose kernel state has been read since the last sync
@@ -130,6 +131,7 @@ class Agent:
         if local != self._local:
             self._local = local
             self.tracker.touch_external()
+        self._nodes = {family: msgspec.structs.replace(node, local=ips) for family, ips in local.items()}
         for family, reconciler in self.reconcilers.items():
             reconciler.frame(self.planner.frame(self.settings, node, family, local[family]))
 
@@ -168,8 +170,7 @@ class Agent:
         serving = categorize(port, self.tracker.endpoints(key), self.tracker.node)
         self._note_flows(key, port, map(str, serving.reachable))
         self._observer.planned(key, port, serving)
-        node = msgspec.structs.replace(self.tracker.node, local=self._local.get(family, ()))
-        reconciler.set(name, self.planner.plan(port, serving, self.settings, node))
+        reconciler.set(name, self.planner.plan(port, serving, self.settings, self._nodes[family]))
         # The ports of one Service share its health check port; that is no conflict.
         conflicts = [(k, w) for k, w in reconciler.conflicts(name) if w is None or w[:2] != name[:2]]
         reasons = [f"{_traffic(k)} belongs to {winner}" for k, winner in conflicts]
@@ -218,11 +219,13 @@ class Agent:
         self, family: Family, name: ServicePortName, reasons: Iterable[str], what: ProblemKind = "Refused"
     ) -> None:
         ref = Ref("Service", name.namespace, name.name)
-        finder = f"{family} {name.port}/{name.protocol}"
-        field = f"port {name.port or name.protocol} ({family})"
-        self._tell(self.problems.state(finder, ref, [Problem(ref, field, reason, what=what) for reason in reasons]))
+        finder = family, name.port, name.protocol
+        found = [Problem(ref, f"port {name.port or name.protocol} ({family})", r, what=what) for r in reasons]
+        self._tell(self.problems.state(finder, ref, found))
 
     def _tell(self, news: News) -> None:
+        if news == NO_NEWS:
+            return
         self._announce(news)
         self._observer.noticed(news)
 

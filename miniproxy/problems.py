@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import NamedTuple
 
 from .model import Batch, Problem, Ref
@@ -13,11 +13,14 @@ class News(NamedTuple):
     over: tuple[Problem, ...] = ()
 
 
+NO_NEWS = News()
+
+
 class Problems:
-    """The standing problems, by the object they are about and by who found them ("source", "kernel IPv4", …)."""
+    """The standing problems, by the object they are about and by who found them ("source", a family's port, …)."""
 
     def __init__(self) -> None:
-        self._standing: dict[tuple[str, Ref], tuple[Problem, ...]] = {}
+        self._standing: dict[tuple[Hashable, Ref], tuple[Problem, ...]] = {}
 
     def __iter__(self) -> Iterator[Problem]:
         return (problem for problems in self._standing.values() for problem in problems)
@@ -30,10 +33,12 @@ class Problems:
             stated.setdefault(problem.ref, []).append(problem)
         return _join(self.state("source", ref, found) for ref, found in stated.items())
 
-    def state(self, finder: str, ref: Ref, found: Iterable[Problem]) -> News:
+    def state(self, finder: Hashable, ref: Ref, found: Iterable[Problem]) -> News:
         """From now on `finder` finds just these problems with `ref`."""
         before = self._standing.pop((finder, ref), ())
         now = tuple(found)
+        if not before and not now:
+            return NO_NEWS
         if now:
             self._standing[finder, ref] = now
         return News(tuple(p for p in now if p not in before), tuple(p for p in before if p not in now))
