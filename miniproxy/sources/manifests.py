@@ -35,6 +35,7 @@ SETTLE_SECONDS = 0.05  # an editor or a copy touches a file several times in a r
 SETTLE_LIMIT_SECONDS = 0.3
 RESCAN_SECONDS = 5.0  # for what inotify does not see: network file systems, changes by way of a mapping
 STOP_SECONDS = 0.25  # how long `stop` may go unnoticed
+TRUNCATED_SECONDS = 0.5  # how long the word that a file was truncated may take to come
 YOUNG_NS = 50_000_000  # a file changed that recently may change again under the same time stamp
 
 
@@ -257,7 +258,7 @@ class _Files:
         problems: list[_FileProblem] = []
         try:
             signature, data = _content(path)
-            if self._half_written(path, watch):
+            if self._half_written(path, watch, empty=not data):
                 return ()
             if len(data) > MAX_FILE_BYTES:
                 size = f"{MAX_FILE_BYTES >> 20} MiB"
@@ -273,13 +274,14 @@ class _Files:
             index.report(path, problems)
         return signature
 
-    def _half_written(self, path: str, watch: Watcher) -> bool:
+    def _half_written(self, path: str, watch: Watcher, empty: bool) -> bool:
         """Whether what was just read of a file is to be left: its writer will close it and wake us up again.
 
         An editor that truncates a file and writes it anew would else delete half of its objects for a moment.
         At the start all files are taken as they are: the source is not synced without them.
         """
-        self.disturbed = watch.wait(0) or self.disturbed
+        # A file that is truncated is empty a moment before the kernel tells, on a busy machine a long one.
+        self.disturbed = watch.wait(TRUNCATED_SECONDS if empty and self._begun else 0) or self.disturbed
         writing = watch.half_written()
         return self._begun and bool(writing) and os.path.realpath(path) in map(os.path.realpath, writing)
 
