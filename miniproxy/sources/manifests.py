@@ -258,7 +258,12 @@ class _Files:
         problems: list[_FileProblem] = []
         try:
             signature, data = _content(path)
-            if self._half_written(path, watch, empty=not data):
+            if not data and self._begun:
+                # Truncated to be written anew? The kernel tells after it has happened: on a busy machine, long after.
+                watch.settle(TRUNCATED_SECONDS, 4 * TRUNCATED_SECONDS)
+                self.disturbed = True
+                signature, data = _content(path)
+            if self._half_written(path, watch):
                 return ()
             if len(data) > MAX_FILE_BYTES:
                 size = f"{MAX_FILE_BYTES >> 20} MiB"
@@ -274,14 +279,13 @@ class _Files:
             index.report(path, problems)
         return signature
 
-    def _half_written(self, path: str, watch: Watcher, empty: bool) -> bool:
+    def _half_written(self, path: str, watch: Watcher) -> bool:
         """Whether what was just read of a file is to be left: its writer will close it and wake us up again.
 
         An editor that truncates a file and writes it anew would else delete half of its objects for a moment.
         At the start all files are taken as they are: the source is not synced without them.
         """
-        # A file that is truncated is empty a moment before the kernel tells, on a busy machine a long one.
-        self.disturbed = watch.wait(TRUNCATED_SECONDS if empty and self._begun else 0) or self.disturbed
+        self.disturbed = watch.wait(0) or self.disturbed
         writing = watch.half_written()
         return self._begun and bool(writing) and os.path.realpath(path) in map(os.path.realpath, writing)
 
