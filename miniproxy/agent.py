@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import msgspec
@@ -19,12 +20,14 @@ from .log import fields
 from .model import Batch, Family, Node, PortKey, Problem, ProblemKind, Ref, ServicePort, ServicePortName
 from .observer import Conntrack, Observer, Synced
 from .policy import Serving, categorize
-from .problems import News, Problems
+from .problems import NO_NEWS, News, Problems
 from .reconciler import Reconciler
 from .tracker import Tracker
 from .transaction import Backend, TransactionError
 
 log = logging.getLogger(__name__)
+
+_LOOK_HOLDS = 10.0  # seconds for which the first sync believes what `look` has read
 
 
 class Planner(Protocol):
@@ -77,10 +80,25 @@ class Agent:
         self._observer = observer or Observer()
         self._clock = clock
         self._planned_for: Node | None = None
-        self._nodes: dict[Family, Node] = {}  # the same with the addresses it has by the kernel's word
+        self._nodes: dict[Family, Node] = {}  # the same, as each family's service ports are planned for
         self._suspect: set[Family] = set(backends)  # whose kernel state has to be read before it is written
         self._planning = dict.fromkeys(backends, 0.0)  # seconds spent on it since the last sync
         self._compared: set[Family] = set()  # whose kernel state has been read since the last sync
+        self._seen: dict[Family, Mapping[Hashable, Any]] = {}  # the kernel state as `look` has read it
+        self._seen_at = 0.0
+
+    def look(self) -> None:
+        """Read the kernel ahead of the first sync, which then need not if it comes soon: while a source lists all
+        there is, the tools that read can run. It may take as long as they do.
+        """
+        for family, reconciler in self.reconcilers.items():
+            with suppress(TransactionError):  # the sync will meet it too, and say so
+                self._seen[family] = reconciler.backend.read()
+        self._seen_at = self._clock()
+
+    def _take_seen(self, family: Family) -> Mapping[Hashable, Any] | None:
+        seen = self._seen.pop(family, None)
+        return seen if self._clock() - self._seen_at < _LOOK_HOLDS else None
 
     def handle(self, batch: Batch) -> None:
         """Fold in what a source hands over; nothing reaches the kernel before sync."""
@@ -113,8 +131,8 @@ class Agent:
         if local != self._local:
             self._local = local
             self.tracker.touch_external()
+        self._nodes = {family: msgspec.structs.replace(node, local=ips) for family, ips in local.items()}
         for family, reconciler in self.reconcilers.items():
-            self._nodes[family] = msgspec.structs.replace(node, local=local[family])
             reconciler.frame(self.planner.frame(self.settings, node, family, local[family]))
 
     def sync(self) -> list[Synced]:
@@ -165,7 +183,7 @@ class Agent:
         self._compared.discard(family)
         try:
             if family in self._suspect:
-                reconciler.adopt()
+                reconciler.adopt(self._take_seen(family))
             result = reconciler.sync(bisect=family in self._suspect)
         except TransactionError as error:
             self._suspect.add(family)
@@ -203,13 +221,15 @@ class Agent:
         self, family: Family, name: ServicePortName, reasons: Sequence[str], what: ProblemKind = "Refused"
     ) -> None:
         ref = Ref("Service", name.namespace, name.name)
-        finder = (family, name.port, name.protocol)
+        finder = family, name.port, name.protocol
         if not reasons and not self.problems.stand(finder, ref):
             return
-        field = f"port {name.port or name.protocol} ({family})"
-        self._tell(self.problems.state(finder, ref, [Problem(ref, field, reason, what=what) for reason in reasons]))
+        found = [Problem(ref, f"port {name.port or name.protocol} ({family})", r, what=what) for r in reasons]
+        self._tell(self.problems.state(finder, ref, found))
 
     def _tell(self, news: News) -> None:
+        if news == NO_NEWS:
+            return
         self._announce(news)
         self._observer.noticed(news)
 

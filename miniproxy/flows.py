@@ -73,6 +73,8 @@ class Flows:
             if port.node_port:
                 for ip in self._node_addresses(port.family):
                     ports[port.family, port.name.protocol, ip, port.node_port] = endpoints
+        if not ports:
+            return []  # without asking for a single flow: the kernel looks through its whole table for them
         found = []
         for flow in flows:
             serving = ports.get((flow.family, flow.protocol, flow.destination, flow.port))

@@ -13,8 +13,11 @@ class News(NamedTuple):
     over: tuple[Problem, ...] = ()
 
 
+NO_NEWS = News()
+
+
 class Problems:
-    """The standing problems, by the object they are about and by who found them ("source", a service port, …)."""
+    """The standing problems, by the object they are about and by who found them ("source", a family's port, …)."""
 
     def __init__(self) -> None:
         self._standing: dict[tuple[Hashable, Ref], tuple[Problem, ...]] = {}
@@ -24,7 +27,8 @@ class Problems:
 
     def of_batch(self, batch: Batch) -> News:
         """Take a source's word: objects it hands over or withdraws have the problems it states now, no others."""
-        stated: dict[Ref, list[Problem]] = {ref: [] for ref in (*batch.deletes, *(o.ref for o in batch.upserts))}
+        handed_over = (*batch.deletes, *(thing.ref for thing in batch.upserts))
+        stated: dict[Ref, list[Problem]] = {ref: [] for ref in handed_over if ("source", ref) in self._standing}
         for problem in batch.problems:
             stated.setdefault(problem.ref, []).append(problem)
         return _join(self.state("source", ref, found) for ref, found in stated.items())
@@ -37,6 +41,8 @@ class Problems:
         """From now on `finder` finds just these problems with `ref`."""
         before = self._standing.pop((finder, ref), ())
         now = tuple(found)
+        if not before and not now:
+            return NO_NEWS
         if now:
             self._standing[finder, ref] = now
         return News(tuple(p for p in now if p not in before), tuple(p for p in before if p not in now))

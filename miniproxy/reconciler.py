@@ -117,19 +117,20 @@ class Reconciler:
 
     # -- what is
 
-    def adopt(self) -> int:
-        """Read the kernel; whatever is right there stays untouched. Returns how many objects differ.
+    def adopt(self, found: Mapping[Hashable, Any] | None = None) -> int:
+        """Read the kernel, unless `found` is what it holds; whatever is right there stays untouched. Returns how many
+        objects differ.
 
         Raises TransactionError when it cannot be read; then nothing is changed.
         """
-        self._read()
+        self._read(found)
         self.aside.clear()
         return len(self._dirty)
 
-    def _read(self) -> None:
+    def _read(self, found: Mapping[Hashable, Any] | None = None) -> None:
         applied: dict[Hashable, Any] = {}
         dirty: dict[Hashable, Owner] = {}
-        for key, obj in self.backend.read().items():
+        for key, obj in (self.backend.read() if found is None else found).items():
             wanted = self._desired(key)
             if wanted is not None and self.backend.same(wanted, obj):
                 applied[key] = wanted  # in the planned spelling, so that from here on equality is plain equality

@@ -62,3 +62,34 @@ def test_a_family_that_fails_does_not_hold_up_the_other() -> None:
     assert results[Family.V6] is None
     assert results[Family.V4] is not None
     assert "KUBE-SERVICES" in good.tables["nat"]
+
+
+@pytest.mark.parametrize(("seconds", "reads"), [(1, 1), (60, 2)])
+def test_what_was_read_ahead_is_believed_for_a_while(seconds: float, reads: int) -> None:
+    kernel, now, read = FakeIptables(), [1000.0], []
+    original = kernel.read
+    kernel.read = lambda: read.append(1) or original()  # type: ignore[func-returns-value, method-assign]
+    agent = Agent(Settings(node_name="n1"), iptables, {Family.V4: kernel}, clock=lambda: now[0])
+    agent.look()
+    agent.handle(Batch((cluster.service(1),), synced=True))
+    now[0] += seconds
+    agent.sync()
+    assert len(read) == reads
+    assert "KUBE-SERVICES" in kernel.tables["nat"]
+
+
+def test_what_cannot_be_read_ahead_is_read_later() -> None:
+    kernel = FakeIptables()
+    original, errors = kernel.read, [TransactionError("busy", transient=True)]
+
+    def read() -> Any:
+        if errors:
+            raise errors.pop()
+        return original()
+
+    kernel.read = read  # type: ignore[method-assign]
+    agent = Agent(Settings(node_name="n1"), iptables, {Family.V4: kernel})
+    agent.look()
+    agent.handle(Batch((cluster.service(1),), synced=True))
+    assert [r.error for r in agent.sync()] == [""]
+    assert "KUBE-SERVICES" in kernel.tables["nat"]

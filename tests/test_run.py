@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from miniproxy.lab import uml
 from tests.packets.topology import ROOT, Namespace, settle
 
 SERVICE = {
@@ -124,6 +125,26 @@ def test_drift_is_repaired(node: Node) -> None:
         node.namespace.run("iptables-nft", "-t", "nat", "-F", "KUBE-SERVICES")
         node.wait(lambda: "ns/web:http cluster IP" in node.nat())
         node.wait(lambda: "repair" in node.log.read_text())
+
+
+@pytest.mark.skipif(uml.has_ip_vs(), reason="IPVS is cleaned up with pyroute2")
+@pytest.mark.parametrize(("source", "says"), [("manifests", "synced"), ("API server", "Connection refused")])
+def test_what_it_has_no_use_for_is_not_loaded(node: Node, tmp_path: Path, source: str, says: str) -> None:
+    """Each of these takes longer to load than 5,000 Services, or more memory."""
+    config = {
+        "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c"}}],
+        "current-context": "x",
+    }
+    (tmp_path / "kubeconfig").write_text(json.dumps(config))
+    python, *rest = (
+        node.argv() if source == "manifests" else node.argv("--source=", f"--kubeconfig={tmp_path}/kubeconfig")
+    )
+    with node.log.open("w") as log, node.namespace.process(python, "-X", "importtime", *rest, log=log):
+        node.wait(lambda: says in node.log.read_text())
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in node.log.read_text().splitlines()}
+    assert "msgspec" in loaded
+    assert loaded.isdisjoint({"kubernetes", "pyroute2", "rich"})
 
 
 def test_plan_agrees_with_the_kernel(node: Node) -> None:

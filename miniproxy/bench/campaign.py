@@ -4,6 +4,7 @@ the agents in turn, A B A B, so that what drifts on the machine meets all of the
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import shutil
@@ -88,6 +89,8 @@ def run(options: Options, programs: Programs | None, output: Path, progress: Pro
     """
     if programs is None or programs.kube_proxy is None:
         options = msgspec.structs.replace(options, agents=tuple(a for a in options.agents if a == "miniproxy"))
+    # As an installed package is; or where PYTHONDONTWRITEBYTECODE is set each start would compile everything anew.
+    compileall.compile_dir(Path(__file__).parents[1], quiet=1)
     began = time.monotonic()
     described = machine(_versions(programs))
     results = Results(machine=described, options=msgspec.to_builtins(options))

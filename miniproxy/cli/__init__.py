@@ -1,7 +1,7 @@
 """The command line. This file is the table of commands; each lives in a file of its own, as `command`.
 
-A command's file, and so what it needs (the kubernetes client alone takes a quarter of a second), is imported
-when the command is used: `miniproxy --help` knows them by the table's one line each.
+A command's file, and so what it needs (which takes up to a quarter of a second), is imported when the command is used:
+`miniproxy --help` knows them by the table's one line each.
 """
 
 from __future__ import annotations

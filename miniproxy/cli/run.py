@@ -5,15 +5,21 @@ from __future__ import annotations
 import gc
 import signal
 import threading
+from concurrent.futures import Future
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import click
 
 from .. import log as logs
-from ..config import ConfigError, Loaded, load
+from ..config import ConfigError, Loaded, Settings, load
 from ..log import fields
 from .errors import Failure
 from .options import SettingsCommand, announce, settings_options
+
+if TYPE_CHECKING:
+    from ..backends import Dataplane
+    from ..syncloop import SyncLoop
 
 log = logs.get("run")
 
@@ -50,46 +56,39 @@ def command(loaded: Loaded, init_only: bool) -> None:
 
 def _initialize(loaded: Loaded) -> None:
     """Prepare the kernel for an agent that, from then on, needs NET_ADMIN only."""
-    from ..backends import choose
     from ..kernel import host
-    from ..transaction import TransactionError
 
     settings = loaded.settings
-    try:
-        host.load_modules(host.modules(settings))
-        choose(settings).prepare()
-        host.prepare_conntrack(settings)
-    except (ValueError, TransactionError) as error:
-        raise Failure(str(error)) from None
+    host.load_modules(host.modules(settings))
+    _dataplane(settings)
     log.info("the kernel is prepared", extra=fields(mode=settings.mode))
 
 
 def _serve(loaded: Loaded) -> str:
     """Run with one configuration until a signal ends it; says which: "stop" or "reload"."""
     from .. import sources
-    from ..agent import Agent
-    from ..backends import choose, leave_other_modes
-    from ..kernel import conntrack, host, links
-    from ..kernel.links import local_addresses
-    from ..kernel.sysctl import forwarding_problem
-    from ..monitoring import Monitoring
-    from ..syncloop import SyncLoop
-    from ..transaction import TransactionError
 
     settings = loaded.settings
     try:
         source = sources.choose(settings)
     except ValueError as error:
         raise Failure(str(error), code=2) from None
-    try:
-        dataplane = choose(settings)
-    except ValueError as error:
-        raise Failure(str(error)) from None
-    try:
-        dataplane.prepare()
-    except TransactionError as error:
-        raise Failure(str(error)) from None
-    host.prepare_conntrack(settings)
+    stop = threading.Event()
+    # The source lists while all the rest is loaded and the kernel is read; what it finds waits for the loop.
+    looping: Future[SyncLoop] = Future()
+    feed = (lambda batch: looping.result().deliver(batch)), stop
+    thread = threading.Thread(target=source.run, args=feed, name="source", daemon=True)
+    thread.start()
+
+    from ..agent import Agent
+    from ..backends import leave_other_modes
+    from ..kernel import conntrack, links
+    from ..kernel.links import local_addresses
+    from ..kernel.sysctl import forwarding_problem
+    from ..monitoring import Monitoring
+    from ..syncloop import SyncLoop
+
+    dataplane = _dataplane(settings)
     monitoring = Monitoring(settings, list(dataplane.backends), source, local_addresses)
     agent = Agent(
         settings,
@@ -109,8 +108,6 @@ def _serve(loaded: Loaded) -> str:
         tick=dataplane.tick,
         settled=lambda: leave_other_modes(settings.mode),
     )
-    stop = threading.Event()
-    thread = threading.Thread(target=source.run, args=(loop.deliver, stop), name="source", daemon=True)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         loop.inbox.put("reload" if number == signal.SIGHUP else "stop")
@@ -119,10 +116,11 @@ def _serve(loaded: Loaded) -> str:
         signal.signal(number, on_signal)
     monitoring.start(stop_agent=lambda: loop.inbox.put("stop"))
     watcher = threading.Thread(target=links.watch, args=(loop.addresses_changed, stop.is_set), daemon=True)
-    thread.start()
     watcher.start()
+    looping.set_result(loop)
     log.info("started", extra=fields(mode=settings.mode, node=settings.node_name, source=str(source)))
     try:
+        agent.look()
         command = loop.run()
     finally:
         stop.set()
@@ -131,6 +129,21 @@ def _serve(loaded: Loaded) -> str:
     if monitoring.fatal:
         raise Failure(monitoring.fatal)
     return command
+
+
+def _dataplane(settings: Settings) -> Dataplane:
+    """The mode's dataplane, the kernel ready for it."""
+    from ..backends import choose
+    from ..kernel import host
+    from ..transaction import TransactionError
+
+    try:
+        dataplane = choose(settings)
+        dataplane.prepare()
+    except (ValueError, TransactionError) as error:
+        raise Failure(str(error)) from None
+    host.prepare_conntrack(settings)
+    return dataplane
 
 
 def _reload(loaded: Loaded) -> Loaded:

@@ -14,6 +14,7 @@ from ..transaction import Change, Transaction, TransactionError
 from .exec import Runner, run
 
 Variant = Literal["nft", "legacy"]
+_VARIANTS: tuple[Variant, ...] = ("nft", "legacy")
 # The kubelet keeps these in table mangle of the variant it uses; kube-proxy and CNI plugins follow it.
 _HINTS = (("mangle", "KUBE-IPTABLES-HINT"), ("mangle", "KUBE-KUBELET-CANARY"))
 _LOCK_WAIT = "5"  # seconds; another program may be in the middle of a large restore
@@ -109,16 +110,17 @@ def cleanup(family: Family, variant: Variant, runner: Runner = run) -> int:
 def detect_variant(family: Family, runner: Runner = run) -> Variant:
     """Which variant this node uses: the kubelet's, else the one that has rules, else the system's default."""
     saved: dict[Variant, str] = {}
-    for variant in ("nft", "legacy"):
+    hint, canary = (f"\n:{chain} " for _, chain in _HINTS)
+    for variant in _VARIANTS:
         try:
             saved[variant] = Iptables(family, variant, runner).save()
         except TransactionError:
             continue  # not installed, or the kernel does not have it
-    parsed = {variant: rules.parse_save(text) for variant, text in saved.items()}
-    for hint in _HINTS:
-        for variant, found in parsed.items():
-            if hint in found.chains:
-                return variant
+        if hint in saved[variant]:
+            return variant
+    for variant, text in saved.items():
+        if canary in text:
+            return variant
     counts = {variant: text.count("\n-A ") for variant, text in saved.items()}
     if any(counts.values()):
         return max(counts, key=lambda variant: counts[variant])

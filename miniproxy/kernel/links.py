@@ -102,12 +102,12 @@ def make_dummy(name: str) -> None:
 
 def remove_link(name: str) -> bool:
     """Remove a link with all its addresses; False if there is none. Raises OSError."""
-    from pyroute2 import IPRoute
-    from pyroute2.netlink.exceptions import NetlinkError
-
     index = link_index(name)
     if not index:
         return False
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
     try:
         with IPRoute() as ip:
             ip.link("del", index=index)

@@ -26,7 +26,6 @@ def _without_zeros(dotted: str) -> str:
     return ".".join(str(int(part)) for part in parts)
 
 
-@lru_cache(maxsize=32768)
 def address(text: str) -> str:
     """The canonical text of an IP address, "" if it is none. IPv4-mapped IPv6 is IPv4, as it is in Go."""
     try:
@@ -72,7 +71,6 @@ def cidr(text: str) -> str:
     return f"{socket.inet_ntop(family, network)}/{length}"
 
 
-@lru_cache(maxsize=32768)
 def proxyable(text: str, family: Family | None, special: re.Pattern[str]) -> tuple[str, str]:
     """(canonical address, "") or ("", what is wrong with it). `special`: what a proxy may not use there."""
     ip = address(text)
@@ -96,15 +94,24 @@ SUBDOMAIN_RULE = "use at most 253 lower-case letters, digits, '-' and '.', with 
 LABEL_VALUE_RULE = "use at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends"
 
 
-# The caches also make equal names one string: a slice of a thousand endpoints names few nodes and zones.
+def is_subdomain(text: str) -> bool:
+    return len(text) <= 253 and _SUBDOMAIN.fullmatch(text) is not None
+
+
+def is_label(text: str) -> bool:
+    return _LABEL.fullmatch(text) is not None
+
+
+# For names that many objects share. The caches also make equal names one string: a slice of a thousand endpoints names
+# few nodes and zones. An object's own name would only crowd them out.
 @lru_cache(maxsize=8192)
 def subdomain(text: str) -> str:
-    return text if len(text) <= 253 and _SUBDOMAIN.fullmatch(text) else ""
+    return text if is_subdomain(text) else ""
 
 
 @lru_cache(maxsize=8192)
 def label(text: str) -> str:
-    return text if _LABEL.fullmatch(text) else ""
+    return text if is_label(text) else ""
 
 
 @lru_cache(maxsize=1024)

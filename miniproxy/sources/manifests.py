@@ -35,6 +35,7 @@ SETTLE_SECONDS = 0.05  # an editor or a copy touches a file several times in a r
 SETTLE_LIMIT_SECONDS = 0.3
 RESCAN_SECONDS = 5.0  # for what inotify does not see: network file systems, changes by way of a mapping
 STOP_SECONDS = 0.25  # how long `stop` may go unnoticed
+TRUNCATED_SECONDS = 0.5  # how long the word that a file was truncated may take to come
 YOUNG_NS = 50_000_000  # a file changed that recently may change again under the same time stamp
 
 
@@ -257,6 +258,11 @@ class _Files:
         problems: list[_FileProblem] = []
         try:
             signature, data = _content(path)
+            if not data and self._begun:
+                # Truncated to be written anew? The kernel tells after it has happened: on a busy machine, long after.
+                watch.settle(TRUNCATED_SECONDS, 4 * TRUNCATED_SECONDS)
+                self.disturbed = True
+                signature, data = _content(path)
             if self._half_written(path, watch):
                 return ()
             if len(data) > MAX_FILE_BYTES:

@@ -9,7 +9,7 @@ whole, and its last good version keeps serving.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Annotated, Any, NamedTuple
@@ -41,6 +41,8 @@ from .checks import (
     SUBDOMAIN_RULE,
     UNSPECIFIED_OR_LOOPBACK,
     cidr,
+    is_label,
+    is_subdomain,
     label,
     label_value,
     proxyable,
@@ -263,12 +265,12 @@ class ObjectList(_Struct):
 class _Report:
     """Collects the problems of one object."""
 
-    def __init__(self, ref: Ref) -> None:
-        self.ref = ref
+    def __init__(self, kind: Kind, namespace: str, name: str) -> None:
+        self._identity = kind, namespace, name
         self.problems: list[Problem] = []
 
     def add(self, field: str, reason: str) -> None:
-        self.problems.append(Problem(self.ref, field, reason))
+        self.problems.append(Problem(_ref(*self._identity), field, reason))
 
     def refuse(self) -> Converted:
         return Converted(None, tuple(self.problems))
@@ -388,9 +390,10 @@ def _service(wire: _Service) -> Converted:
     metadata = wire.metadata or _Metadata()
     spec = wire.spec or _ServiceSpec()
     namespace, name = metadata.namespace or "", metadata.name or ""
-    report = _Report(_ref("Service", namespace, name))
-    if not _identity(report, metadata, label, LABEL_RULE):
+    report = _Report("Service", namespace, name)
+    if not _identity(report, metadata, is_label, LABEL_RULE):
         return report.refuse()
+    namespace = label(namespace)
     if _not_proxied(metadata, spec):
         return report.done(Service(namespace, name))
     cluster_ips = _cluster_ips(spec, report)
@@ -424,11 +427,13 @@ def _service(wire: _Service) -> Converted:
 
 
 def _identity(
-    report: _Report, metadata: _Metadata, check: Callable[[str], str], rule: str, namespaced: bool = True
+    report: _Report, metadata: _Metadata, check: Callable[[str], bool], rule: str, namespaced: bool = True
 ) -> bool:
+    if check(metadata.name or "") and (not namespaced or label(metadata.namespace or "")):
+        return True
     fields = [("metadata.name", metadata.name, check, rule)]
     if namespaced:
-        fields.insert(0, ("metadata.namespace", metadata.namespace, label, LABEL_RULE))
+        fields.insert(0, ("metadata.namespace", metadata.namespace, is_label, LABEL_RULE))
     for path, text, fits, how in fields:
         if not text:
             report.add(path, f"is missing: {how}")
@@ -533,8 +538,10 @@ def _addresses(texts: Iterable[str] | None, path: str, report: _Report) -> dict[
     return _by_family(good)
 
 
-def _by_family(texts: Iterable[str]) -> dict[Family, tuple[str, ...]]:
+def _by_family(texts: Collection[str]) -> dict[Family, tuple[str, ...]]:
     """Each once, in the order given. The other family's are no fault: each family takes its own."""
+    if not texts:  # most Services
+        return {}
     unique = dict.fromkeys(texts)
     return {family: tuple(text for text in unique if Family.of(text) is family) for family in Family}
 
@@ -567,10 +574,10 @@ def _source_ranges(texts: list[str] | None, report: _Report) -> dict[Family, tup
     kube-proxy has never read it, so neither does this: taking over must not start to drop traffic.
     """
     canonical = [cidr(text) for text in texts or ()]
-    by_family = _by_family(filter(None, canonical))
+    by_family = _by_family([text for text in canonical if text])
     if "" not in canonical:
         return by_family
-    closed = [family for family in Family if not by_family[family]]
+    closed = [family for family in Family if not by_family.get(family)]
     for i, (text, good) in enumerate(zip(texts or (), canonical, strict=True)):
         if not good:
             note = f"; until then no {' or '.join(map(str, closed))} client is let in" if closed else ""
@@ -654,15 +661,15 @@ def _endpoint_slice(wire: _EndpointSlice) -> Converted:
     metadata = wire.metadata or _Metadata()
     labels = metadata.labels or _Labels()
     namespace, name = metadata.namespace or "", metadata.name or ""
-    report = _Report(_ref("EndpointSlice", namespace, name))
-    if not _identity(report, metadata, subdomain, SUBDOMAIN_RULE):
+    report = _Report("EndpointSlice", namespace, name)
+    if not _identity(report, metadata, is_subdomain, SUBDOMAIN_RULE):
         return report.refuse()
     family = _ADDRESS_TYPES.get(wire.address_type)
     service = labels.service_name or ""
     if family is None:
         wrong = f"{quote(wire.address_type)} is unknown" if wire.address_type else "is missing"
         report.add("addressType", f"{wrong}: write IPv4 or IPv6")
-    if service and not label(service):
+    if service and not is_label(service):
         report.add(f"metadata.labels[{SERVICE_NAME}]", f"{quote(service)} names no Service: {LABEL_RULE}")
     if family is None or report.problems:
         return report.refuse()
@@ -672,7 +679,7 @@ def _endpoint_slice(wire: _EndpointSlice) -> Converted:
         EndpointSlice(
             label(namespace),
             name,
-            label(service),
+            service,
             family,
             _slice_ports(wire.ports or [], report),
             _endpoints(wire.endpoints or [], family, report),
@@ -764,8 +771,8 @@ def _node(wire: _Node) -> Converted:
     metadata = wire.metadata or _Metadata()
     spec = wire.spec or _NodeSpec()
     name = metadata.name or ""
-    report = _Report(_ref("Node", "", name))
-    if not _identity(report, metadata, subdomain, SUBDOMAIN_RULE, namespaced=False):
+    report = _Report("Node", "", name)
+    if not _identity(report, metadata, is_subdomain, SUBDOMAIN_RULE, namespaced=False):
         return report.refuse()
     zone = (metadata.labels.zone if metadata.labels else None) or ""
     if zone and not label_value(zone):
@@ -825,8 +832,8 @@ def _cidrs(texts: list[str], path: str, report: _Report) -> tuple[str, ...]:
 def _service_cidr(wire: _ServiceCIDR) -> Converted:
     metadata = wire.metadata or _Metadata()
     name = metadata.name or ""
-    report = _Report(_ref("ServiceCIDR", "", name))
-    if not _identity(report, metadata, subdomain, SUBDOMAIN_RULE, namespaced=False):
+    report = _Report("ServiceCIDR", "", name)
+    if not _identity(report, metadata, is_subdomain, SUBDOMAIN_RULE, namespaced=False):
         return report.refuse()
     texts = (wire.spec.cidrs if wire.spec else None) or []
     return report.done(ServiceCIDR(name, _cidrs(texts, "spec.cidrs[{}]", report)))
