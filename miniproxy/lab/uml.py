@@ -40,7 +40,7 @@ mount -t proc proc /proc
 grep -q 'User Mode Linux' /proc/cpuinfo || exit 1
 mount -t sysfs sysfs /sys
 mount -t tmpfs tmpfs /run
-mkdir -p /run/tmp {shared}
+mkdir {shared}
 mount -t hostfs none {shared} -o {folder}
 mount --bind {modules} /lib/modules
 mkdir -p /dev/shm
@@ -48,7 +48,8 @@ mount -t tmpfs tmpfs /dev/shm
 ip link set lo up
 modprobe ip_vs
 sysctl -qew net.ipv4.icmp_msgs_per_sec=100000 net.ipv4.icmp_msgs_burst=10000
-export TMPDIR=/run/tmp
+mount -t tmpfs tmpfs /mnt
+export TMPDIR=/mnt
 {environment}
 cd {directory} && {command}
 echo $? >{shared}/code
