@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -128,6 +128,9 @@ def _campaign(
             feed.load((target(n, options.endpoints) for n in range(loaded, step.services)), progress.loaded)
             loaded = step.services
         progress.begin(step)
+        if step.mode == "ipvs" and _turns(step, todo[max(0, index - 1) : index]):
+            # Before the agents, since it has the kernel load its modules, which would be held against the first.
+            results.runs.append(_writer(world, options, step, "tools", ipvs_tools, progress))
         setup = Setup(
             name=step.agent,
             mode=step.mode,
@@ -143,12 +146,14 @@ def _campaign(
         results.runs.append(found)
         progress.done()
         keep()
-        last = [(other.mode, other.services) for other in todo[index + 1 : index + 2]] != [(step.mode, step.services)]
-        if last and step.mode == "iptables-legacy" and step.services <= options.writer_up_to:
-            if python_iptables.available():
-                results.runs.append(_writer(world, options, step, "python-iptables", python_iptables, progress))
-        elif last and step.mode == "ipvs":
-            results.runs.append(_writer(world, options, step, "tools", ipvs_tools, progress))
+        small = step.services <= options.writer_up_to and python_iptables.available()
+        if step.mode == "iptables-legacy" and small and _turns(step, todo[index + 1 : index + 2]):
+            results.runs.append(_writer(world, options, step, "python-iptables", python_iptables, progress))
+
+
+def _turns(step: Step, neighbour: Sequence[Step]) -> bool:
+    """Whether the run before or after, if there is one, is of another mode or size."""
+    return [(other.mode, other.services) for other in neighbour] != [(step.mode, step.services)]
 
 
 def _writer(

@@ -14,11 +14,11 @@ import time
 from collections import defaultdict
 
 from ..agent import Agent
-from ..backends import choose
+from ..backends import choose, cleanup
 from ..config import Settings
 from ..kernel.links import local_addresses
 from ..model import Batch, Family
-from ..planner.ipvs_text import LINK, Tool, sections_of
+from ..planner.ipvs_text import Tool, sections_of
 from ..sources.wire import convert
 from .objects import target
 from .world import NODE_NAME, POD_CIDR
@@ -31,8 +31,8 @@ _TOOLS: dict[Tool, list[str]] = {
 _WARM_UP = 3  # services
 
 
-def state(services: int, endpoints: int) -> dict[Tool, str]:
-    """What each tool has to be told, from nothing."""
+def planned(services: int, endpoints: int) -> Agent:
+    """An agent that knows so many services, and has written nothing."""
     settings = Settings(mode="ipvs", node_name=NODE_NAME, cluster_cidrs=(POD_CIDR,), iptables_variant="legacy")
     dataplane = choose(settings)
     agent = Agent(settings, dataplane.planner, dataplane.backends, local_addresses=local_addresses)
@@ -40,8 +40,13 @@ def state(services: int, endpoints: int) -> dict[Tool, str]:
     found = [convert(raw).object for each in targets for raw in (each.service(), each.slice())]
     agent.handle(Batch(tuple(obj for obj in found if obj), synced=True))
     agent.replan()
+    return agent
+
+
+def state(services: int, endpoints: int) -> dict[Tool, str]:
+    """What each tool has to be told, from nothing."""
     texts: dict[Tool, str] = defaultdict(str)
-    for section in sections_of(agent.reconcilers[Family.V4].preview()):
+    for section in sections_of(planned(services, endpoints).reconcilers[Family.V4].preview()):
         texts[section.tool] += section.text
     return texts
 
@@ -57,10 +62,9 @@ def write(texts: dict[Tool, str]) -> dict[Tool, float]:
 
 
 def main(services: int, endpoints: int) -> None:
-    """Write a little, so that the kernel has loaded its modules; remove it; write all, measure, print."""
-    write(state(_WARM_UP, endpoints))
-    for argv in (["ipvsadm", "--clear"], ["ip", "link", "del", LINK], ["ipset", "destroy"]):
-        subprocess.run(argv, check=True)
+    """Measure, and print. Before that a few services come and go, for the kernel to load its modules."""
+    planned(_WARM_UP, endpoints).sync()
+    cleanup()
     took = write(state(services, endpoints))
     print(json.dumps({"full": sum(took.values()), **took}))
 
