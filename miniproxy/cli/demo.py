@@ -91,7 +91,7 @@ def _elsewhere(stay: bool, as_json: bool) -> int:
                        "`miniproxy lab up --proxy-mode ipvs`.")  # fmt: skip
     if not as_json:
         click.echo("This machine's kernel has no IPVS, so the demo runs in user-mode Linux: give it a minute or two.")
-    options = ["--proxy-mode", "ipvs", "--iptables-variant", "legacy", *(["--json"] if as_json else [])]
+    options = ["--proxy-mode", "ipvs", *(["--json"] if as_json else [])]
     return uml.run([sys.executable, "-m", "miniproxy", "demo", *options])
 
 

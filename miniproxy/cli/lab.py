@@ -124,8 +124,10 @@ def up(
 
 def _up_elsewhere(spec: LabSpec, options: list[str]) -> None:
     """The same lab on a kernel that has IPVS."""
-    from ..lab import LabError, machine
+    from ..lab import LabError, machine, uml
 
+    if not uml.available():
+        raise LabError(f"this machine's kernel has no IPVS: {uml.HOW_TO_GET_IT}")
     click.echo("This machine's kernel has no IPVS, so the lab runs in user-mode Linux: give it half a minute.")
     shape = [f"--nodes={spec.nodes}", f"--pods-per-node={spec.pods_per_node}", f"--overlay={spec.overlay}"]
     with machine.booted(spec), Path(os.devnull).open("wb") as nowhere:

@@ -37,8 +37,6 @@ def booted(spec: LabSpec) -> Iterator[None]:
     or this process, does not get to its end. Raises LabError.
     """
     netns.require_system()
-    if not uml.available():
-        raise LabError(f"this machine's kernel has no IPVS: {uml.HOW_TO_GET_IT}")
     state.sweep()
     owner = state.process(os.getpid())
     watch = watchdog.start(spec.name, owner)
