@@ -13,9 +13,11 @@ from miniproxy.backends import Dataplane, choose
 from miniproxy.config import Settings
 from miniproxy.kernel.links import local_addresses
 from miniproxy.model import Batch, Family, Object
-from miniproxy.planner.ipvs_text import VirtualServer, parse_servers
+from miniproxy.planner.ipvs_text import VirtualServer
 from miniproxy.problems import News
 from miniproxy.transaction import Transaction
+
+from .texts import parse_servers
 
 SETTINGS = Settings(
     mode="ipvs",

@@ -15,11 +15,12 @@ from miniproxy.kernel import ipset
 from miniproxy.kernel.netlink import attributes
 from miniproxy.model import Family
 from miniproxy.planner.ipvs import SETS, set_name
-from miniproxy.planner.ipvs_text import IpSet, SetEntry, parse_sets
+from miniproxy.planner.ipvs_text import IpSet, SetEntry
 from miniproxy.transaction import TransactionError
 from tests.ipvs import space
 from tests.ipvs.space import run
 from tests.ipvs.test_planner import ports
+from tests.ipvs.texts import parse_sets
 
 PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
 COMMANDS = {"add": 9, "del": 10}
