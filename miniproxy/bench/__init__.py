@@ -10,7 +10,7 @@ as plain data (results.py), which report.py and plots.py put into words and pict
     agents.py     miniproxy and kube-proxy as processes: start, stop, CPU, memory, metrics
     eye.py        what the kernel holds, asked in microseconds, without the agents' tools
     client.py     connections from the client, and the server in the pods (server.py)
-    python_iptables.py   another way to write the same rules
+    python_iptables.py, ipvs_tools.py   other ways to write the same rules
     run.py        one agent from an empty kernel to the end: every measure
     campaign.py   which runs, in which order
 """

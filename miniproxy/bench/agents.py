@@ -25,7 +25,8 @@ from .world import NODE, NODE_NAME, POD_CIDR, World
 
 Mode = Literal["iptables-nft", "iptables-legacy", "nftables", "ipvs"]
 MODES: tuple[Mode, ...] = ("iptables-nft", "iptables-legacy", "nftables", "ipvs")
-AgentName = Literal["miniproxy", "kube-proxy", "python-iptables"]  # the last only writes, see python_iptables.py
+# The last two only write: see python_iptables.py, ipvs_tools.py.
+AgentName = Literal["miniproxy", "kube-proxy", "python-iptables", "tools"]
 METRICS = "127.0.0.1:10249"
 _STOP_PATIENCE = 20.0
 _TICKS = os.sysconf("SC_CLK_TCK")

@@ -9,15 +9,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import msgspec
 
 from ..lab.netns import LabError
 from ..lab.subprocesses import python_module
-from . import python_iptables
+from . import ipvs_tools, python_iptables
 from .agents import AgentName, Mode, Setup, flush
 from .apiserver import ApiServer, Programs
 from .feeds import Api, Feed, Folder
@@ -130,6 +131,9 @@ def _campaign(
             feed.load((target(n, options.endpoints) for n in range(loaded, step.services)), progress.loaded)
             loaded = step.services
         progress.begin(step)
+        if step.mode == "ipvs" and _turns(step, todo[max(0, index - 1) : index]):
+            # Before the agents, since it has the kernel load its modules, which would be held against the first.
+            results.runs.append(_writer(world, options, step, "tools", ipvs_tools, progress))
         setup = Setup(
             name=step.agent,
             mode=step.mode,
@@ -145,29 +149,35 @@ def _campaign(
         results.runs.append(found)
         progress.done()
         keep()
-        last = [(other.mode, other.services) for other in todo[index + 1 : index + 2]] != [(step.mode, step.services)]
-        if last and step.mode == "iptables-legacy" and step.services <= options.writer_up_to:
-            _python_iptables(world, options, step, results, progress)
+        small = step.services <= options.writer_up_to and python_iptables.available()
+        if step.mode == "iptables-legacy" and small and _turns(step, todo[index + 1 : index + 2]):
+            results.runs.append(_writer(world, options, step, "python-iptables", python_iptables, progress))
 
 
-def _python_iptables(world: World, options: Options, step: Step, results: Results, progress: Progress) -> None:
-    """The same services written by python-iptables, for the record."""
-    if not python_iptables.available():
-        return
-    progress.doing("python-iptables")
+def _turns(step: Step, neighbour: Sequence[Step]) -> bool:
+    """Whether the run before or after, if there is one, is of another mode or size."""
+    return [(other.mode, other.services) for other in neighbour] != [(step.mode, step.services)]
+
+
+def _writer(
+    world: World, options: Options, step: Step, name: AgentName, program: ModuleType, progress: Progress
+) -> Run:
+    """The same services written by something else, for the record."""
+    progress.doing(name)
     flush(world)
-    argv = python_module("miniproxy.bench.python_iptables", str(step.services), str(options.endpoints))
+    log = f"{name}.log"
+    argv = python_module(program.__name__, str(step.services), str(options.endpoints))
     start = time.perf_counter()
-    writer = world.start(NODE, argv, "python-iptables.log", {"XTABLES_LOCKFILE": str(world.folder / "lock")})
-    status, took = writer.wait(), time.perf_counter() - start
-    found = Run(agent="python-iptables", mode=step.mode, feed="", services=step.services, endpoints=options.endpoints)
+    status = world.start(NODE, argv, log, {"XTABLES_LOCKFILE": str(world.folder / "lock")}).wait()
+    found = Run(agent=name, mode=step.mode, feed="", services=step.services, endpoints=options.endpoints)
+    found.environment = options.environment
     if status:
-        found.failed = world.log("python-iptables.log")
-    else:
-        told = json.loads(world.log("python-iptables.log").splitlines()[-1])
-        found.full_sync, found.change_sync, found.memory = told["full"], told["change"], told["memory"]
-        found.started = took
-    results.runs.append(found)
+        found.failed = world.log(log)
+        return found
+    told = json.loads(world.log(log).splitlines()[-1])
+    found.started = time.perf_counter() - start
+    found.full_sync, found.change_sync, found.memory = told["full"], told.get("change"), told.get("memory")
+    return found
 
 
 def _feed(world: World, programs: Programs | None) -> tuple[Feed, Path | None, Folder | None]:

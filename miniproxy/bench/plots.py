@@ -9,8 +9,8 @@ from .agents import AgentName, Mode
 from .results import BY_NAME, Case, Figure, Results, Spread, spread
 
 _COLOURS = {"iptables-nft": "#1f77b4", "iptables-legacy": "#9467bd", "nftables": "#2ca02c", "ipvs": "#d62728"}
-_STYLES: dict[AgentName, str] = {"miniproxy": "-", "kube-proxy": "--", "python-iptables": ":"}
-_MARKERS: dict[AgentName, str] = {"miniproxy": "o", "kube-proxy": "s", "python-iptables": "x"}
+_STYLES: dict[AgentName, str] = {"miniproxy": "-", "kube-proxy": "--", "python-iptables": ":", "tools": ":"}
+_MARKERS: dict[AgentName, str] = {"miniproxy": "o", "kube-proxy": "s", "python-iptables": "x", "tools": "+"}
 
 # file name → title and the figures side by side
 PLOTS: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -112,8 +112,7 @@ def _mode(results: Results, mode: Mode) -> Iterator[str]:
             rows.append([figure.title, *found, _ratio(ratio(results.runs, mode, largest, figure))])
     yield f"At {largest:,} services:"
     yield _table(["", *_NAMES, "ratio"], rows)
-    if record := _writer(results, mode):
-        yield record
+    yield from filter(None, (_python_iptables(results, mode), _tools(results, mode)))
     if len(sizes) > 1:
         yield "By number of services:"
         head = ["services", *(f"{BY_NAME[name].title}: {agent}" for name in _BY_SIZE for agent in _NAMES)]
@@ -128,7 +127,7 @@ def _mode(results: Results, mode: Mode) -> Iterator[str]:
         yield _table(*_without_empty(head, table))
 
 
-def _writer(results: Results, mode: Mode) -> str:
+def _python_iptables(results: Results, mode: Mode) -> str:
     """A line for each size that python-iptables wrote."""
     lines = [
         f"{size:,} services in {_value(full, BY_NAME['full_sync'])}, one endpoint more in "
@@ -138,6 +137,20 @@ def _writer(results: Results, mode: Mode) -> str:
         and (change := spread(results.runs, Case("python-iptables", mode, size), BY_NAME["change_sync"]))
     ]
     return f"For the record, python-iptables as the writer of the same rules: {'; '.join(lines)}." if lines else ""
+
+
+def _tools(results: Results, mode: Mode) -> str:
+    """For each size, how long the system's tools took for the same state, and how miniproxy compares."""
+    figure = BY_NAME["full_sync"]
+    lines = [
+        f"{_value(theirs, figure)} for {size:,} services, to which miniproxy's full sync is as "
+        f"{_digits(ours.median / theirs.median)} to 1"
+        for size in _sizes(results, "tools", mode)
+        if (theirs := spread(results.runs, Case("tools", mode, size), figure))
+        and (ours := spread(results.runs, Case("miniproxy", mode, size), figure))
+    ]
+    tools = "`ipset restore`, `ip -batch` and `ipvsadm --restore`, told the same state as text, take together"
+    return f"For the record, {tools} {'; '.join(lines)}." if lines else ""
 
 
 def _growth(results: Results, modes: Sequence[Mode]) -> str:

@@ -17,7 +17,8 @@ from .world import World
 
 SEED = 20261121
 _SPARE = 100_000  # numbers of services that come and go in a run
-_COLD_PATIENCE = 600.0
+_COLD_PATIENCE = 1200.0
+_REST = 5  # a look that took t is followed by so many t of rest: in user-mode Linux the agent has the same processor
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,14 +121,16 @@ class Runner:
         self._agent.start()
         stamp, end = None, start + _COLD_PATIENCE
         while True:
+            look = time.perf_counter()
             fresh = eye.stamp()
             if fresh != stamp:
                 stamp = fresh
                 if eye.services() >= self.run.services:
                     break
+            looked = time.perf_counter() - look
             if not self._agent.running or time.perf_counter() > end:
                 raise TooLate("the agent does not program the services")
-            time.sleep(0.002)
+            time.sleep(max(0.002, _REST * looked))
         self.run.started = time.perf_counter() - start
         wait_quiet(self._agent, eye, 1.0)
         self.run.started_cpu = self._agent.cpu()  # not before: what a tool has used shows when it has ended

@@ -76,7 +76,7 @@ def command(stay: bool, proxy_mode: str, iptables_variant: str, name: str | None
                                "steps": msgspec.to_builtins(steps)}, indent=2))  # fmt: skip
     _verdict(console, steps, seconds, saved)
     if stay:
-        _how_to_play(console, name)
+        _how_to_play(console, name, proxy_mode)
     raise SystemExit(0 if held else 1)
 
 
@@ -87,16 +87,16 @@ def _elsewhere(stay: bool, as_json: bool) -> int:
     if not uml.available():
         raise LabError(f"this machine's kernel has no IPVS: {uml.HOW_TO_GET_IT}")
     if stay:
-        raise LabError("this machine's kernel has no IPVS, and what runs in user-mode Linux cannot stay: omit --stay")
+        raise LabError("this machine's kernel has no IPVS: for a lab that stays, in user-mode Linux, see "
+                       "`miniproxy lab up --proxy-mode ipvs`.")  # fmt: skip
     if not as_json:
         click.echo("This machine's kernel has no IPVS, so the demo runs in user-mode Linux: give it a minute or two.")
-    options = ["--proxy-mode", "ipvs", "--iptables-variant", "legacy", *(["--json"] if as_json else [])]
+    options = ["--proxy-mode", "ipvs", *(["--json"] if as_json else [])]
     return uml.run([sys.executable, "-m", "miniproxy", "demo", *options])
 
 
 def _walk(console: Console, lab: Lab, mode: str, variant: str) -> list[Step]:
     """Starts the agents and takes the tour, printing as it goes."""
-    from ..lab import uml
     from ..lab.tour import tour
 
     plan = lab.plan
@@ -105,8 +105,7 @@ def _walk(console: Console, lab: Lab, mode: str, variant: str) -> list[Step]:
         f"of their own: mp-{lab.spec.name}-…"
     )
     started = time.monotonic()
-    # In user-mode Linux, with its one slow processor, programs take long to start.
-    lab.start_agents(mode=mode, variant=variant, timeout=180 if uml.inside() else 30)
+    lab.start_agents(mode=mode, variant=variant)
     console.print(
         f"An agent on each node programs {len(lab.services)} Services in {mode} mode; "
         f"all of them answer after {time.monotonic() - started:.1f} s."
@@ -146,9 +145,9 @@ def _verdict(console: Console, steps: list[Step], seconds: float, saved: str) ->
     console.print(f"The agents' logs, rules and manifests are in {saved}")
 
 
-def _how_to_play(console: Console, name: str) -> None:
+def _how_to_play(console: Console, name: str, mode: str) -> None:
     console.print("\nThe lab stays. Try:")
-    for line in [f"miniproxy lab status --name {name}", *examples(name)]:
+    for line in [f"miniproxy lab status --name {name}", *examples(name, mode)]:
         console.print(f"  {line}", markup=False)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,11 +16,12 @@ from .errors import Failure
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..lab import Lab
+    from ..lab import Lab, LabSpec
 
 MODES = ("iptables", "ipvs", "nftables")
 VARIANTS = ("auto", "nft", "legacy")
 DEFAULT_NAME = "lab"
+_LOOKS = {"ipvs": "ipvsadm -Ln", "nftables": "nft list ruleset"}  # at what the kernel holds
 
 _name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="Which lab; several can be up.")
 
@@ -41,6 +43,15 @@ def attach(name: str) -> Lab:
 
     require_system()
     return Lab.attach(name)
+
+
+def _elsewhere(name: str) -> bool:
+    """Whether a lab runs in user-mode Linux, so that commands have to be passed on. Raises LabError."""
+    from ..lab import state
+    from ..lab.netns import require_system
+
+    require_system()
+    return state.read_record(name).machine
 
 
 @click.group()
@@ -88,12 +99,17 @@ def up(
     Examples:
       miniproxy lab up
       miniproxy lab up --nodes 3 --overlay vxlan --iptables-variant legacy
+      miniproxy lab up --proxy-mode ipvs            in user-mode Linux, if this kernel has no IPVS
       miniproxy lab up --no-agents --name bare      run agents of your own in its nodes
     """
-    from ..lab import Lab, LabSpec
+    from ..lab import Lab, LabSpec, uml
 
     with failing_clearly():
         spec = LabSpec(name=name, nodes=nodes, pods_per_node=pods_per_node, overlay=overlay)  # type: ignore[arg-type]
+        if proxy_mode == "ipvs" and not uml.has_ip_vs():
+            agents = ["--no-agents"] if no_agents else []
+            _up_elsewhere(spec, ["--proxy-mode=ipvs", f"--iptables-variant={iptables_variant}", *agents])
+            return
         lab = Lab(spec)
         lab.up()
         try:
@@ -104,6 +120,21 @@ def up(
             lab.down()
             raise
         _show(_console(), lab.status())
+
+
+def _up_elsewhere(spec: LabSpec, options: list[str]) -> None:
+    """The same lab on a kernel that has IPVS."""
+    from ..lab import LabError, machine, uml
+
+    if not uml.available():
+        raise LabError(f"this machine's kernel has no IPVS: {uml.HOW_TO_GET_IT}")
+    click.echo("This machine's kernel has no IPVS, so the lab runs in user-mode Linux: give it half a minute.")
+    shape = [f"--nodes={spec.nodes}", f"--pods-per-node={spec.pods_per_node}", f"--overlay={spec.overlay}"]
+    with machine.booted(spec), Path(os.devnull).open("wb") as nowhere:
+        if machine.run(spec.name, ["lab", "up", f"--name={spec.name}", *shape, *options], nowhere):
+            raise LabError("the lab does not come up in user-mode Linux.")
+        found = machine.status(spec.name)
+    _show(_console(), found)
 
 
 @command.command()
@@ -120,7 +151,7 @@ def status(name: str | None, as_json: bool) -> None:
     from ..lab import state
 
     with failing_clearly():
-        found = [attach(each).status() for each in ([name] if name else state.labs())]
+        found = [_status(each) for each in ([name] if name else state.labs())]
     if as_json:
         click.echo(json.dumps(found, indent=2))
     elif not found:
@@ -129,6 +160,12 @@ def status(name: str | None, as_json: bool) -> None:
         console = _console()
         for each in found:
             _show(console, each)
+
+
+def _status(name: str) -> dict[str, Any]:
+    from ..lab import machine
+
+    return machine.status(name) if _elsewhere(name) else attach(name).status()
 
 
 @command.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -145,11 +182,15 @@ def exec_(name: str, where: str, cmd: tuple[str, ...]) -> None:
       miniproxy lab exec outside -- curl -s http://172.30.0.1:30080/
       miniproxy lab exec client-1 -- bash
     """
-    with failing_clearly():
-        place = attach(name).place(where)
+    from ..lab import machine
+
     words = cmd[1:] if cmd[0] == "--" else cmd
     if not words:
         raise Failure("say which command to run: miniproxy lab exec WHERE -- COMMAND", code=2)
+    with failing_clearly():
+        if _elsewhere(name):
+            raise SystemExit(machine.run(name, ["lab", "exec", "--name", name, where, "--", *words]))
+        place = attach(name).place(where)
     os.execvpe("ip", place.command(words), place.environment())
 
 
@@ -165,7 +206,11 @@ def scale(name: str, service: str, count: int) -> None:
       miniproxy lab scale web 2
       miniproxy lab scale empty 1
     """
+    from ..lab import machine
+
     with failing_clearly():
+        if _elsewhere(name):
+            raise SystemExit(machine.run(name, ["lab", "scale", "--name", name, service, str(count)]))
         pods = attach(name).scale(service, count)
     click.echo(f"{service}: {', '.join(pods) or 'no pods'}")
 
@@ -215,6 +260,9 @@ def _show(console: Console, status: dict[str, Any]) -> None:
 
     agents = f"{status['mode']} mode" if status["mode"] else "no agents"
     console.print(f"\n[bold]lab {status['name']}[/]  {status['overlay']}, {agents}, {status['folder']}")
+    if "machine" in status:
+        console.print("In user-mode Linux: files, rules and processes are in there, for `lab exec` to reach.",
+                      soft_wrap=True)  # fmt: skip
     if not status["server"]:
         console.print("[red]The pods' server does not run: no pod answers. Rebuild the lab.[/]")
 
@@ -237,7 +285,7 @@ def _show(console: Console, status: dict[str, Any]) -> None:
         column.no_wrap = True
     console.print(services)
     console.print("\nTry:")
-    for line in examples(status["name"]):
+    for line in examples(status["name"], status["mode"]):
         console.print(f"  {line}", soft_wrap=True, markup=False)
 
 
@@ -247,15 +295,15 @@ def _pods(names: list[str]) -> str:
     return " ".join(names) or "none"
 
 
-def examples(name: str) -> list[str]:
-    """Commands to paste, for a lab of that name."""
+def examples(name: str, mode: str) -> list[str]:
+    """Commands to paste, for a lab of that name with agents in that mode."""
     option = "" if name == DEFAULT_NAME else f" --name {name}"
     run = f"miniproxy lab exec{option}"
     return [
         f"{run} client-1 -- curl -s http://10.96.0.10/",
         f"{run} outside -- curl -s http://172.30.0.1:30080/",
         f"{run} client-1 -- curl -s 'http://[fd00:96::10]/'",
-        f"{run} node1 -- iptables-save -t nat",
+        f"{run} node1 -- {_LOOKS.get(mode, 'iptables-save -t nat')}",
         f"miniproxy lab scale{option} web 2",
         f"miniproxy lab down{option}",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,10 +14,19 @@ from ..planner.iptables import LAYOUT, IptablesObject, Layout
 from ..transaction import Change, Transaction, TransactionError
 from .exec import Runner, run
 
+log = logging.getLogger(__name__)
+
 Variant = Literal["nft", "legacy"]
 _VARIANTS: tuple[Variant, ...] = ("nft", "legacy")
 # The kubelet keeps these in table mangle of the variant it uses; kube-proxy and CNI plugins follow it.
 _HINTS = (("mangle", "KUBE-IPTABLES-HINT"), ("mangle", "KUBE-KUBELET-CANARY"))
+_PROBE = """*nat
+:MINIPROXY-PROBE - [0:0]
+-A MINIPROXY-PROBE -m comment --comment "does this variant work?" -j RETURN
+-F MINIPROXY-PROBE
+-X MINIPROXY-PROBE
+COMMIT
+"""
 _LOCK_WAIT = "5"  # seconds; another program may be in the middle of a large restore
 
 
@@ -108,7 +118,9 @@ def cleanup(family: Family, variant: Variant, runner: Runner = run) -> int:
 
 
 def detect_variant(family: Family, runner: Runner = run) -> Variant:
-    """Which variant this node uses: the kubelet's, else the one that has rules, else the system's default."""
+    """Which variant this node uses: the kubelet's, else the one that has rules, else the system's default, or the
+    other where the default does not work.
+    """
     saved: dict[Variant, str] = {}
     hint, canary = (f"\n:{chain} " for _, chain in _HINTS)
     for variant in _VARIANTS:
@@ -124,14 +136,28 @@ def detect_variant(family: Family, runner: Runner = run) -> Variant:
     counts = {variant: text.count("\n-A ") for variant, text in saved.items()}
     if any(counts.values()):
         return max(counts, key=lambda variant: counts[variant])
-    return _default_variant(family, runner, saved)
+    default = _default_variant(family, runner)
+    candidates = sorted(saved, key=lambda variant: variant != default)
+    return next((variant for variant in candidates if _works(family, variant, runner)), default)
 
 
-def _default_variant(family: Family, runner: Runner, works: dict[Variant, str]) -> Variant:
-    if len(works) == 1:
-        return next(iter(works))
+def _default_variant(family: Family, runner: Runner) -> Variant:
     try:
         version = runner([f"{'ip6tables' if family is Family.V6 else 'iptables'}", "--version"]).out
     except FileNotFoundError:
         version = ""
     return "legacy" if "legacy" in version else "nft"
+
+
+def _works(family: Family, variant: Variant, runner: Runner) -> bool:
+    """Whether the kernel takes rules of this variant.
+
+    Only writing one tells: in a kernel with nf_tables but without its IPv4 (user-mode Linux) iptables-nft-save,
+    `-L` and `restore --test` all succeed. The chain is gone with the transaction that made it.
+    """
+    try:
+        Iptables(family, variant, runner).apply(Transaction(_PROBE, 1))
+    except TransactionError as error:
+        log.info("iptables-%s does not work here: %s", variant, error)
+        return False
+    return True

@@ -37,9 +37,8 @@ from ..planner.ipvs_text import (
 )
 from ..transaction import Change, Transaction, TransactionError
 from . import ipset, links, sysctl
-from .exec import Runner, run
 from .iptables import Iptables
-from .netlink import GENERIC, Netlink, Request, attribute, attributes, explain
+from .netlink import GENERIC, TRANSIENT, Netlink, Request, attribute, attributes, explain
 
 _PROC = Path("/proc/thread-self/net")  # of this thread's network namespace
 
@@ -78,7 +77,6 @@ NO_IPVS = (
     "the kernel has no ip_vs, which IPVS mode needs: load the module (modprobe ip_vs) on the host, install the package "
     "that has it (linux-modules-extra-… on Ubuntu), or choose another mode with --proxy-mode iptables or nftables"
 )
-_TRANSIENT = {errno.EPERM, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT}
 # A second of a kind that is no failure, or says what to do instead.
 _DONE_ALREADY = {("-D", errno.ESRCH), ("-d", errno.ENOENT), ("-d", errno.ESRCH)}
 _INSTEAD = {("-A", errno.EEXIST): "-E", ("-a", errno.EEXIST): "-e", ("-e", errno.ENOENT): "-a"}
@@ -363,18 +361,15 @@ class IpvsBackend:
 
     batch = 2500  # a program or two run for each transaction; on a cold start, pods meanwhile reach the API server
 
-    def __init__(
-        self, family: Family, settings: Settings, iptables: Iptables, draining: Draining, runner: Runner = run
-    ) -> None:
+    def __init__(self, family: Family, settings: Settings, iptables: Iptables, draining: Draining) -> None:
         self.family = family
         self.draining = draining
         self._excluded = [ipaddress.ip_network(c, strict=False) for c in settings.ipvs_exclude_cidrs]
         self._iptables = iptables
-        self._run = runner
 
     def read(self) -> dict[Any, Any]:
         try:
-            found = _read(self.family, self._run, self._excluded)
+            found = _read(self.family, self._excluded)
         except OSError as error:
             raise TransactionError(f"cannot read IPVS: {error}", transient=True) from error
         self.draining.found(found.draining)
@@ -393,14 +388,14 @@ class IpvsBackend:
             for section in ipvs_text.sections_of(transaction):
                 self._apply(section)
         except OSError as error:
-            raise TransactionError(f"{error}", transient=error.errno in _TRANSIENT) from error
+            raise TransactionError(f"{error}", transient=error.errno in TRANSIENT) from error
 
     def _apply(self, section: Section) -> None:
         match section.tool:
             case "iptables":
                 self._iptables.apply(Transaction(section.text, len(section.lines)))
             case "ipset":
-                ipset.restore(section.text, self._run)
+                ipset.restore(section.lines)
             case "ip":
                 _link_commands(section.lines)
             case "ipvsadm":
@@ -415,7 +410,7 @@ class IpvsBackend:
             hint = ""
             if code == errno.ENOENT and command.what in ("-A", "-E"):
                 hint = f": no scheduler {command.service.scheduler!r} (modprobe ip_vs_{command.service.scheduler})"
-            raise TransactionError(f"{_name(command)}: {explain(code)}{hint}", transient=code in _TRANSIENT)
+            raise TransactionError(f"{_name(command)}: {explain(code)}{hint}", transient=code in TRANSIENT)
 
     def _note(self, command: Command) -> None:
         """Keep track of who is on the way out."""
@@ -437,13 +432,13 @@ class _Found(NamedTuple):
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
-def _read(family: Family, runner: Runner, excluded: Sequence[Network] = ()) -> _Found:
+def _read(family: Family, excluded: Sequence[Network] = ()) -> _Found:
     """What is ours but for iptables. Raises OSError, TransactionError."""
     addresses = links.addresses(family)
     objects: list[Any] = []
     if links.link_index(LINK):
         objects.append(DummyLink(LINK))
-    in_sets = list(ipvs_text.parse_sets(ipset.save(runner), (set_name(name, family) for name in SETS)))
+    in_sets = list(ipset.read(set_name(name, family) for name in SETS))
     objects += in_sets
     entries = {(ipvs_text.without_family(e.set), e.entry) for e in in_sets if isinstance(e, SetEntry)}
     # An excluded address is somebody else's, even on kube-ipvs0, unless our own set says that we put it there.
@@ -477,7 +472,7 @@ def _link_commands(lines: Iterable[str]) -> None:
         else:
             changes.append((words[2].partition("/")[0], words[1] == "add"))
     for address, code in links.change_addresses(changes):
-        raise TransactionError(f"address {address} of {LINK}: {explain(code)}", transient=code in _TRANSIENT)
+        raise TransactionError(f"address {address} of {LINK}: {explain(code)}", transient=code in TRANSIENT)
 
 
 # -- preparing and cleaning up
@@ -528,7 +523,7 @@ def prepare(settings: Settings) -> None:
     sysctl.prepare_ipvs(settings)
 
 
-def cleanup_servers(runner: Runner = run) -> int:
+def cleanup_servers() -> int:
     """Remove our virtual servers and kube-ipvs0; returns how many objects that was. Raises TransactionError.
 
     The sets have to wait until no rule refers to them.
@@ -538,7 +533,7 @@ def cleanup_servers(runner: Runner = run) -> int:
     loaded = (_PROC / "ip_vs").exists()
     try:
         for family in Family if loaded else ():
-            found = _read(family, runner).objects
+            found = _read(family).objects
             count += sum(isinstance(obj, VirtualAddress) for obj in found)
             gone = [Command("-D", obj) for obj in found if isinstance(obj, VirtualServer)]
             with Ipvs.open() as ipvs:
@@ -552,10 +547,11 @@ def cleanup_servers(runner: Runner = run) -> int:
     return count
 
 
-def cleanup_sets(runner: Runner = run) -> int:
+def cleanup_sets() -> int:
     """Destroy our sets; returns how many there were. Raises TransactionError."""
-    names = [set_name(name, family) for name in SETS for family in Family]
-    found = [s for s in ipvs_text.parse_sets(ipset.save(runner), names) if isinstance(s, IpSet)]
-    if found:
-        ipset.restore("".join(f"destroy {s.name}\n" for s in found), runner)
+    try:
+        found = [s for s in ipset.read(set_name(n, f) for n in SETS for f in Family) if isinstance(s, IpSet)]
+        ipset.restore(f"destroy {s.name}" for s in found)
+    except OSError as error:
+        raise TransactionError(f"cannot clean up ipsets: {error}", transient=True) from error
     return len(found)

@@ -21,6 +21,8 @@ _NEW_ADDRESS, _DELETE_ADDRESS, _GET_ADDRESS = 20, 21, 22
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _ADDRESS_GROUPS = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
 _NO_DAD = 2  # IFA_F_NODAD
+_GET_LINK, _IFLA_NAME = 18, 3
+_LINK = struct.Struct("=BBHiII")  # struct ifinfomsg: family, –, type, index, flags, change
 _MESSAGE = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, index of the link
 
 
@@ -80,11 +82,18 @@ def watch(changed: Callable[[], None], stop: Callable[[], bool]) -> None:
 
 
 def link_index(name: str) -> int:
-    """The number of a link, 0 if there is none of that name."""
-    try:
-        return socket.if_nametoindex(name)
-    except OSError:
-        return 0
+    """The number of a link, 0 if there is none of that name. Raises OSError.
+
+    The C library's if_nametoindex would have the kernel start modprobe for a link that is not there.
+    """
+    with Netlink.open(ROUTE) as netlink:
+        try:
+            (found,) = netlink.get(Request(_GET_LINK, bytes(_LINK.size) + attribute(_IFLA_NAME, name.encode() + b"\0")))
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            return 0
+    return int(_LINK.unpack_from(found)[3])
 
 
 def make_dummy(name: str) -> None:

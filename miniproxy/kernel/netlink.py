@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
-ROUTE, GENERIC = 0, 16  # netlink protocols
+ROUTE, NETFILTER, GENERIC = 0, 12, 16  # netlink protocols
 CREATE, EXCLUSIVE = 0x400, 0x200  # flags of requests that make something
 _REQUEST, _ACK, _DUMP = 1, 4, 0x300
 _ERROR, _DONE = 2, 3
@@ -27,6 +27,7 @@ _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _WINDOW = 100  # what fails answers with less than 1 kB each, and the socket's buffer holds 200 kB
 _BUFFER = 1 << 16
+TRANSIENT = {errno.EPERM, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT}
 
 
 class Request(NamedTuple):
@@ -54,15 +55,18 @@ def attribute(kind: int, value: bytes) -> bytes:
 
 def attributes(data: bytes) -> dict[int, bytes]:
     """The attributes that fill `data`, by type."""
-    found = {}
+    return dict(walk(data))
+
+
+def walk(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The attributes that fill `data`: (type, value) in order."""
     offset = 0
     while offset + 4 <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, offset)
         if length < 4:
-            break
-        found[kind & 0x3FFF] = data[offset + 4 : offset + length]
+            return
+        yield kind & 0x3FFF, data[offset + 4 : offset + length]
         offset += (length + 3) & ~3
-    return found
 
 
 class Netlink:
@@ -96,10 +100,17 @@ class Netlink:
             results += self._window(requests[start : start + _WINDOW])
         return results
 
+    def get(self, request: Request) -> list[bytes]:
+        """The payloads that answer a request for one thing. Raises OSError."""
+        return self._answers(request, _REQUEST | _ACK)
+
     def dump(self, request: Request) -> list[bytes]:
         """The payloads that answer a request for a list. Raises OSError."""
+        return self._answers(request, _REQUEST | _DUMP)
+
+    def _answers(self, request: Request, flags: int) -> list[bytes]:
         self._sequence += 1
-        self._socket.send(self._pack(request, _REQUEST | _DUMP))
+        self._socket.send(self._pack(request, flags))
         found: list[bytes] = []
         while True:
             for kind, sequence, payload in messages(self._socket.recv(_BUFFER)):
@@ -108,7 +119,7 @@ class Netlink:
                 if kind in (_ERROR, _DONE):
                     (code,) = struct.unpack_from("=i", payload) if len(payload) >= 4 else (0,)
                     if code:
-                        raise OSError(-code, os.strerror(-code))
+                        raise OSError(-code, explain(-code))
                     return found
                 found.append(payload)
 

@@ -1,4 +1,4 @@
-"""The lab's own processes: `python -m miniproxy.lab server LAB` and `… watchdog LAB PID STARTED`."""
+"""The lab's own processes: `python -m miniproxy.lab server LAB`, `… watchdog LAB PID STARTED`, `… machine FOLDER`."""
 
 import sys
 
@@ -8,6 +8,10 @@ if __name__ == "__main__":
         from .server import main as serve
 
         serve(*arguments)
+    elif role == "machine":
+        from .machine import serve as serve_machine
+
+        serve_machine(*arguments)
     else:
         from .watchdog import main as watch
 

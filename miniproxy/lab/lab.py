@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from . import netns, objects, state, watchdog
+from . import netns, objects, state, uml, watchdog
 from .netns import LabError
 from .objects import LabService
 from .plan import (
@@ -43,7 +43,8 @@ from .state import READY, Process, Record
 from .subprocesses import python_module
 
 _SERVER = "server"
-_SERVER_PATIENCE = 20.0  # seconds
+_PATIENCE, _SLOW_PATIENCE = 30.0, 180.0  # seconds until services answer
+_SERVER_PATIENCE = 20.0
 _STOP_PATIENCE = 10.0
 _POLL = 0.02
 
@@ -201,18 +202,19 @@ class Lab:
         mode: str = "iptables",
         variant: str = "auto",
         extra: Sequence[str] = (),
-        timeout: float = 30.0,
+        timeout: float | None = None,
     ) -> None:
         """Starts an agent on every node and waits until the services of the lab answer.
 
         `extra` are more options for `miniproxy run`. Raises LabError, with the log, when an agent ends or the
-        services do not answer within `timeout` seconds.
+        services do not answer within `timeout` seconds (30; more in user-mode Linux, where programs take long to
+        start).
         """
         self._agent_options = [f"--proxy-mode={mode}", f"--iptables-variant={variant}", *extra]
         state.write_record(msgspec.structs.replace(self._record, mode=mode, variant=variant))
         for node in self.plan.nodes:
             self.start_agent(node.name)
-        self.wait_until_serving(timeout)
+        self.wait_until_serving(timeout or (_SLOW_PATIENCE if uml.inside() else _PATIENCE))
 
     def start_agent(self, node: str) -> Process:
         """Starts the agent of one node, with the options of `start_agents`."""
@@ -247,7 +249,7 @@ class Lab:
         recorded = state.read_processes(self.spec.name)
         return {node.name: recorded[node.name].alive for node in self.plan.nodes if node.name in recorded}
 
-    def wait_until_serving(self, timeout: float = 30.0) -> None:
+    def wait_until_serving(self, timeout: float = _PATIENCE) -> None:
         """Waits until, on every node, the cluster IPs of all services with pods answer a client pod.
 
         Raises LabError, with the end of an agent's log, when they do not in `timeout` seconds.

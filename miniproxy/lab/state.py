@@ -6,6 +6,7 @@ moment the creator died at:
     lab.json        the spec, and the process that owns the lab (none once `lab up` has finished)
     pids/ROLE       pid and start time of the pods' server and of each agent
     manifests/      the folder the agents watch         log/ROLE.log   what they say
+    machine/        of a lab in user-mode Linux (machine.py), which has all the others inside
 
 Three layers keep a crash from leaving anything behind:
 1. Every lab being built or used by a process has a watchdog (watchdog.py): a process of its own that holds the
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import msgspec
 
-from . import netns
+from . import netns, uml
 from .netns import LabError
 from .plan import LabSpec
 
@@ -58,6 +59,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     owner: Process | None = None  # None: stays until `lab down`
     mode: str = ""  # of the agents; "" while there are none
     variant: str = ""
+    machine: bool = False  # it is in user-mode Linux
 
 
 def process(pid: int) -> Process:
@@ -70,6 +72,11 @@ def process(pid: int) -> Process:
 
 def folder(lab: str) -> Path:
     return STATE_ROOT / lab
+
+
+def machine_folder(lab: str) -> Path:
+    """Which the user-mode Linux of a lab is booted from."""
+    return folder(lab) / "machine"
 
 
 def read_record(lab: str) -> Record:
@@ -175,6 +182,7 @@ def destroy(lab: str, of: Process | None = None) -> bool:
                 return False
         names = netns.existing(lab)
         known = bool(names) or folder(lab).exists()
+        uml.turn_off(machine_folder(lab))
         for recorded in read_processes(lab).values():
             _kill(recorded)
         _kill_members(names)

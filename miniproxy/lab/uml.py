@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,29 +20,40 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from .subprocesses import environment as python_environment
+
 KERNEL = "linux.uml"
 HOW_TO_GET_IT = "install Debian's package user-mode-linux, or load ip_vs into this machine's kernel (modprobe ip_vs)"
 _MODULES = Path("/usr/lib/uml/modules")
+_LOOK = 0.02
 
-# It must never turn off a real machine, hence the look at /proc/cpuinfo.
+# The processes inside are processes out here that the kernel of user-mode Linux keeps from making real system calls.
+# Were only that killed, they would go on, as root, in earnest. But all processes of a PID namespace end at once when
+# its first one does: this shell, which is killed with its parent, and ends with the kernel.
+_CAGE = ["unshare", "--pid", "--fork", "--kill-child", "sh", "-c", '"$@"; exit $?', "sh"]
+SHARED = "/run/miniproxy-uml"  # where a machine finds the folder it was booted from, whatever it mounts elsewhere
+
+# It must never turn off a real machine, hence the looks at /proc/cpuinfo.
 _INIT = """#!/bin/sh
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
 mount -t proc proc /proc
 grep -q 'User Mode Linux' /proc/cpuinfo || exit 1
 mount -t sysfs sysfs /sys
 mount -t tmpfs tmpfs /run
+mkdir {shared}
+mount -t hostfs none {shared} -o {folder}
 mount --bind {modules} /lib/modules
 mkdir -p /dev/shm
 mount -t tmpfs tmpfs /dev/shm
 ip link set lo up
 modprobe ip_vs
 sysctl -qew net.ipv4.icmp_msgs_per_sec=100000 net.ipv4.icmp_msgs_burst=10000
-mount -t tmpfs tmpfs {temporary}
-export TMPDIR={temporary}
+mount -t tmpfs tmpfs /mnt
+export TMPDIR=/mnt
 {environment}
-cd {folder} && {command}
-echo $? >{code}
-echo o >/proc/sysrq-trigger
+cd {directory} && {command}
+echo $? >{shared}/code
+grep -q 'User Mode Linux' /proc/cpuinfo && echo o >/proc/sysrq-trigger
 sleep 10
 """
 
@@ -65,41 +77,82 @@ def inside() -> bool:
     return "User Mode Linux" in Path("/proc/cpuinfo").read_text()
 
 
-@contextmanager
-def machine(
-    argv: Sequence[str], *, environment: Mapping[str, str] | None = None, memory: str = "2G", log: IO[str] | int
-) -> Iterator[Machine]:
+def boot(
+    folder: Path,
+    argv: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    memory: str = "2G",
+    log: IO[str] | int,
+    stays: bool = False,
+) -> subprocess.Popen[bytes]:
     """Boots a machine that runs one command and is turned off when that ends; what both say goes to `log`.
 
-    The command sees this machine's files, its working directory and `environment`. At the end of the context the
-    machine is off, however it came to that. Needs root.
+    The command sees this machine's files, its working directory and `environment`, and `folder`, which has to be
+    the machine's own, as SHARED; its exit code is there in the end (`code`). The machine ends with this process,
+    unless it `stays`; `turn_off` then ends it. Needs root.
     """
-    folder = Path(tempfile.mkdtemp(prefix="miniproxy-uml-"))
-    code, init, temporary = folder / "code", folder / "init", folder / "tmp"
-    temporary.mkdir()
-    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in (environment or {}).items())
-    script = _INIT.format(
-        modules=_MODULES,
-        temporary=temporary,
-        environment=exports,
-        folder=shlex.quote(os.getcwd()),
-        command=shlex.join(argv),
-        code=shlex.quote(str(code)),
+    exported = {"PYTHONPATH": python_environment()["PYTHONPATH"], **(environment or {})}
+    init = folder / "init"
+    init.write_text(
+        _INIT.format(
+            shared=SHARED,
+            folder=shlex.quote(str(folder)),
+            modules=_MODULES,
+            environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in exported.items()),
+            directory=shlex.quote(os.getcwd()),
+            command=shlex.join(argv),
+        )
     )
-    init.write_text(script)
     init.chmod(0o755)
     Path("/lib/modules").mkdir(exist_ok=True)  # somewhere to mount its own over
-    kernel = [
-        *("setpriv", "--pdeathsig", "KILL", KERNEL, "rootfstype=hostfs", "rootflags=/", "rw", f"init={init}"),
+    command = [
+        *([] if stays else ["setpriv", "--pdeathsig", "KILL"]),
+        *_CAGE,
+        *(KERNEL, "rootfstype=hostfs", "rootflags=/", "rw", _mark(folder), f"uml_dir={folder}/"),
         *(f"mem={memory}", "con=null", "con0=fd:0,fd:1", "quiet"),
     ]
-    process = subprocess.Popen(
-        kernel, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
+
+
+def turn_off(folder: Path) -> None:
+    """Ends the machine that was booted from this folder, if there is one."""
+    while found := dict(processes(folder)):
+        for pid, program in found.items():
+            if program == _CAGE[0]:  # the others end with it
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(_LOOK)
+
+
+def _mark(folder: Path) -> str:
+    return f"init={folder / 'init'}"
+
+
+def processes(folder: Path) -> Iterator[tuple[int, str]]:
+    """(pid, program) of a machine's processes out here: the folder is on the command line of all of them."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if _mark(folder) in words:
+                    yield int(entry.name), words[0]
+
+
+@contextmanager
+def machine(
+    argv: Sequence[str], *, environment: Mapping[str, str] | None = None, log: IO[str] | int
+) -> Iterator[Machine]:
+    """A machine that is off at the end of the context, however it came to that. See `boot`."""
+    folder = Path(tempfile.mkdtemp(prefix="miniproxy-uml-"))
+    process = boot(folder, argv, environment=environment, log=log)
     try:
-        yield Machine(process, code)
+        yield Machine(process, folder / "code")
     finally:
-        _turn_off(process)
+        turn_off(folder)
+        process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -143,10 +196,3 @@ class Machine:
         """Until the command has ended; its exit code, or −1 when the machine ended before it."""
         self._process.wait()
         return int(self._code.read_text()) if self._code.exists() else -1
-
-
-def _turn_off(process: subprocess.Popen[bytes]) -> None:
-    """Its processes are processes of this machine too, all in one group."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, 9)
-    process.wait()

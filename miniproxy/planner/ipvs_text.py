@@ -15,7 +15,6 @@ it is there; deleting goes the other way round.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Literal, NamedTuple
@@ -288,31 +287,6 @@ def parse_command(line: str) -> Command:
         return Command(what, service)
     weight, forward = int(options.get("-w", 1)), flags[0] if flags else "m"
     return Command(what, service, RealServer(*_split(options["-r"]), weight, forward))
-
-
-def parse_servers(text: str) -> list[VirtualServer]:
-    """The virtual servers of an `ipvsadm -Sn` text."""
-    found: dict[tuple[str, ...], VirtualServer] = {}
-    for line in text.splitlines():
-        _, service, real = parse_command(line)
-        known = found.setdefault(service.key, service)
-        if real:
-            found[service.key] = known._replace(servers=tuple(sorted((*known.servers, real))))
-    return list(found.values())
-
-
-def parse_sets(text: str, names: Iterable[str]) -> Iterator[IpSet | SetEntry]:
-    """The sets of these names, and their entries, from the output of `ipset save`."""
-    wanted = set(names)
-    for line in text.splitlines():
-        words = line.split(" ", 3)
-        if len(words) < 3 or words[1] not in wanted:
-            continue
-        if words[0] == "create":
-            family = re.search(r"\bfamily (\w+)", line)
-            yield IpSet(words[1], words[2], family.group(1) if family else "")
-        elif words[0] == "add":
-            yield SetEntry(words[1], words[2])
 
 
 def _split(text: str) -> tuple[str, int]:

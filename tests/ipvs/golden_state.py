@@ -10,8 +10,10 @@ from typing import Any
 
 from miniproxy.model import Family
 from miniproxy.planner import ipvs
-from miniproxy.planner.ipvs_text import IpSet, SetEntry, VirtualServer, parse_servers, parse_sets
+from miniproxy.planner.ipvs_text import IpSet, SetEntry, VirtualServer
 from tests.golden_rules import golden, normal_form
+
+from .texts import parse_servers, parse_sets
 
 OUR_SETS = ("KUBE-CLUSTER-IP-NO-LOCAL", "KUBE-EXTERNAL-NO-LOCAL")
 # The node had this address besides those of the Node object.

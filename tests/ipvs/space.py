@@ -13,9 +13,11 @@ from miniproxy.backends import Dataplane, choose
 from miniproxy.config import Settings
 from miniproxy.kernel.links import local_addresses
 from miniproxy.model import Batch, Family, Object
-from miniproxy.planner.ipvs_text import VirtualServer, parse_servers
+from miniproxy.planner.ipvs_text import VirtualServer
 from miniproxy.problems import News
 from miniproxy.transaction import Transaction
+
+from .texts import parse_servers
 
 SETTINGS = Settings(
     mode="ipvs",
@@ -34,13 +36,20 @@ def _checked(result: int) -> None:
 
 @contextmanager
 def network_namespace() -> Iterator[None]:
-    """A new one, with the golden node's addresses on a link; at the end it is gone with all it holds."""
-    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    _checked(_libc.unshare(_CLONE_NEWNET))
-    try:
+    """A new one, with the golden node's addresses on a link."""
+    with empty_namespace():
         lines = ["link set lo up", "link add eth0 type dummy", "link set eth0 up"]
         lines += [f"addr add {a} dev eth0" for a in ("172.30.0.2/24", "172.30.9.2/24")]
         ip(*lines, "addr add fd00:30::2/64 dev eth0 nodad")
+        yield
+
+
+@contextmanager
+def empty_namespace() -> Iterator[None]:
+    """A new one; at the end it is gone with all it holds."""
+    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    _checked(_libc.unshare(_CLONE_NEWNET))
+    try:
         yield
     finally:
         _checked(_libc.setns(before, _CLONE_NEWNET))

@@ -18,7 +18,7 @@ from miniproxy.kernel import ipvs as kernel
 from miniproxy.kernel.ipvs import Ipvs
 from miniproxy.model import Batch, Family, Object, Service, ServicePort, ServicePortName
 from miniproxy.planner import ipvs
-from miniproxy.planner.ipvs_text import IpSet, SetEntry, parse_sets
+from miniproxy.planner.ipvs_text import IpSet, SetEntry
 from miniproxy.transaction import Transaction, TransactionError
 from tests import world
 from tests.golden_rules import golden
@@ -26,6 +26,7 @@ from tests.golden_rules import golden
 from . import golden_state, space
 from .space import SETTINGS, Node, run
 from .test_planner import golden_objects
+from .texts import parse_sets
 
 pytestmark = pytest.mark.ipvs
 

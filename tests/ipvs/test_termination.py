@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.ipvs
 
 VIP, PORT, POD_PORT = "10.99.0.1", 80, 7070
 PODS = [f"10.180.0.{host}" for host in range(1, 6)]
-DOWNLOADS = 50  # to each generation of pods
+DOWNLOADS = 40  # to each generation of pods
+SOON = 5.0  # seconds
 
 
 def manifests(ready: Iterable[str], terminating: Iterable[str]) -> list[dict[str, Any]]:
@@ -77,6 +79,12 @@ class Site:
 
         assert settle(reached, seconds=60), f"{self.weights()}, not {weights}\n{agent.tail()}"
 
+    def wait_soon(self, weights: dict[str, int], agent: Agent) -> None:
+        """The last connection to somebody on the way out ends now, or an agent begins that finds it ended."""
+        start = time.monotonic()
+        self.wait(weights, agent)
+        assert time.monotonic() - start <= SOON
+
 
 class Client:
     def __init__(self, process: subprocess.Popen[str]) -> None:
@@ -88,6 +96,24 @@ class Client:
         self._process.stdin.write(f"{command}\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
+
+
+class Downloads:
+    """Downloads that go on until they are finished; which pod they come from is asserted."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.opened = self.whole = 0
+
+    def open(self, pod: str) -> None:
+        reached = self.client(f"open {DOWNLOADS}")
+        assert set(reached) == {pod}, "a new connection reached a pod on its way out"
+        self.opened += len(reached)
+
+    def finish(self, pod: str) -> None:
+        count, broken = self.client(f"finish {pod}")
+        assert count == DOWNLOADS
+        self.whole += count - broken
 
 
 @contextmanager
@@ -105,41 +131,34 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 def test_downloads_outlive_the_replacement_of_their_pods_and_a_restart(site: Site) -> None:
-    opened = broken = 0
     with module(site.net.client, "fetch", VIP, str(PORT)) as process:
-        client = Client(process)
+        downloads = Downloads(Client(process))
         site.write(PODS[:1])
         with site.agent() as agent:
             site.wait({PODS[0]: 1}, agent)
-            for old, new in pairwise(PODS[:3]):
-                reached = client(f"open {DOWNLOADS}")
-                assert set(reached) == {old}, "a new connection reached a pod on its way out"
-                opened += len(reached)
+            downloads.open(PODS[0])
+            for old, new in pairwise(PODS[:4]):
                 site.write([new], [old])
                 site.wait({new: 1, **dict.fromkeys(PODS[: PODS.index(new)], 0)}, agent)
+                downloads.open(new)
             # One pod's downloads end while the agent runs …
-            count, wrong = client(f"finish {PODS[0]}")
-            assert count == DOWNLOADS
-            broken += wrong
-            site.wait({PODS[1]: 0, PODS[2]: 1}, agent)
+            downloads.finish(PODS[0])
+            site.wait_soon({PODS[1]: 0, PODS[2]: 0, PODS[3]: 1}, agent)
             agent.kill()
         # … another's after it has been killed, …
-        count, wrong = client(f"finish {PODS[1]}")
-        broken += wrong
-        opened += len(client(f"open {DOWNLOADS}"))
-        site.write([PODS[3]])  # and pods change while there is none
+        downloads.finish(PODS[1])
+        site.write([PODS[4]])  # and pods change while there is none
         with site.agent() as agent:
-            site.wait({PODS[2]: 0, PODS[3]: 1}, agent)
-            assert set(client(f"open {DOWNLOADS}")) == {PODS[3]}
-            opened += DOWNLOADS
+            assert settle(lambda: PODS[4] in site.weights(), seconds=60), agent.tail()
+            site.wait_soon({PODS[2]: 0, PODS[3]: 0, PODS[4]: 1}, agent)
+            downloads.open(PODS[4])
+            # … and another's, which its predecessor has left on the way out, under the new one.
+            downloads.finish(PODS[2])
+            site.wait_soon({PODS[3]: 0, PODS[4]: 1}, agent)
             # A pod that comes back gets its weight back, and keeps its connections.
-            site.write([PODS[2]])
-            site.wait({PODS[2]: 1, PODS[3]: 0}, agent)
-            assert set(client("open 5")) == {PODS[2]}
-            for pod in PODS[2:4]:
-                count, wrong = client(f"finish {pod}")
-                assert count >= DOWNLOADS
-                broken += wrong
-            site.wait({PODS[2]: 1}, agent)
-    assert opened == 4 * DOWNLOADS
-    assert broken == 0
+            site.write([PODS[3]])
+            site.wait({PODS[3]: 1, PODS[4]: 0}, agent)
+            downloads.finish(PODS[4])
+            site.wait_soon({PODS[3]: 1}, agent)
+            downloads.finish(PODS[3])
+    assert downloads.opened == downloads.whole == 200

@@ -233,3 +233,39 @@ def test_without_any_trace_the_systems_default(namespace: Namespace) -> None:
     run = Inside(namespace)
     default = "legacy" if "legacy" in run(["iptables", "--version"]).out else "nft"
     assert detect_variant(Family.V4, run) == default
+
+
+def test_the_search_leaves_no_rule_and_no_chain(namespace: Namespace) -> None:
+    run = Inside(namespace)
+    variant = detect_variant(Family.V4, run)
+    saved = Iptables(Family.V4, variant, run).save()
+    assert "-A" not in saved
+    assert "PROBE" not in saved
+
+
+@pytest.mark.parametrize("broken", VARIANTS)
+def test_a_default_that_cannot_be_written_is_no_choice(namespace: Namespace, broken: Variant) -> None:
+    """As in a kernel with nf_tables but without its IPv4: everything but a commit succeeds."""
+
+    def run(argv: Sequence[str], text: str = "", timeout: float = 60.0) -> Completed:
+        if argv[0] == "iptables":
+            return Completed(0, f"iptables v1.8.9 ({'legacy' if broken == 'legacy' else 'nf_tables'})\n", "")
+        if argv[0] == f"iptables-{broken}-restore":
+            return Completed(4, "", "line 2: TABLE_ADD failed (Operation not supported): table nat")
+        return inside(argv, text, timeout)
+
+    inside = Inside(namespace)
+    assert detect_variant(Family.V4, run) == ("nft" if broken == "legacy" else "legacy")
+
+
+def test_where_nothing_can_be_written_it_stays_with_the_default(namespace: Namespace) -> None:
+    """The first write then says why."""
+
+    def run(argv: Sequence[str], text: str = "", timeout: float = 60.0) -> Completed:
+        if argv[0].endswith("-restore"):
+            return Completed(4, "", "Permission denied (you must be root)")
+        return inside(argv, text, timeout)
+
+    inside = Inside(namespace)
+    default = "legacy" if "legacy" in inside(["iptables", "--version"]).out else "nft"
+    assert detect_variant(Family.V4, run) == default
