@@ -182,7 +182,7 @@ def _tls(access: Access) -> ssl.SSLContext:
         context.load_default_certs()
     if access.certificate:
         with _file(access.certificate) as certificate, _file(access.key) as key:
-            context.load_cert_chain(certificate, key)
+            context.load_cert_chain(certificate, key if access.key else None)  # None: it is with the certificate
     return context
 
 
