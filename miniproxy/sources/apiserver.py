@@ -172,6 +172,7 @@ def _tls(access: Access) -> ssl.SSLContext:
     # Not ssl.create_default_context: from Python 3.13 on it refuses authorities without an AKI, as old clusters have.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an intermediate authority will do, as in Go
     if not access.verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -181,7 +182,7 @@ def _tls(access: Access) -> ssl.SSLContext:
         context.load_default_certs()
     if access.certificate:
         with _file(access.certificate) as certificate, _file(access.key) as key:
-            context.load_cert_chain(certificate, key)
+            context.load_cert_chain(certificate, key if access.key else None)  # None: it is with the certificate
     return context
 
 

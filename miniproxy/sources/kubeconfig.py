@@ -197,9 +197,9 @@ def _direct(server: str) -> bool:
         ip = None
     if host == "localhost" or (ip and ip.is_loopback):  # never by a proxy, as in Go: it would ask itself
         return True
-    for entry in filter(None, (entry.strip().lower() for entry in _variable("no_proxy").split(","))):
+    for entry in (entry.strip().lower() for entry in _variable("no_proxy").split(",")):
         name = entry.lstrip(".")
-        if entry == "*" or name in (host, url.netloc) or f"{host}:".endswith(f".{name}:"):
+        if entry == "*" or (name and any(f".{at}".endswith(f".{name}") for at in (host, url.netloc.lower()))):
             return True
         if ip and _within(ip, entry):
             return True

@@ -90,7 +90,9 @@ def test_a_client_certificate(pki: Path, port: int, tmp_path: Path) -> None:
     cluster = {"server": f"https://127.0.0.1:{port}", "certificate-authority": str(pki / "ca.crt")}
     files = {"client-certificate": str(pki / "node1.crt"), "client-key": str(pki / "node1.key")}
     inline = {"client-certificate-data": data(pki / "node1.crt"), "client-key-data": data(pki / "node1.key")}
+    (tmp_path / "both.pem").write_text((pki / "node1.crt").read_text() + (pki / "node1.key").read_text())
     assert whoami(tmp_path, cluster) == [None, None]
+    assert whoami(tmp_path, cluster, {"client-certificate": "both.pem"}) == ["node1", None]
     assert whoami(tmp_path, cluster, files) == ["node1", None]
     assert whoami(tmp_path, cluster, {**inline, "token": "t"}) == ["node1", "Bearer t"]
 
