@@ -77,7 +77,9 @@ def test_the_commands_reach_into_it(name: str) -> None:
 
 def test_a_command_that_is_interrupted_ends_inside_too(bare: str) -> None:
     command = [sys.executable, "-m", "miniproxy", "lab", "exec", "--name", bare, "node1", "--", "sleep", "1000"]
-    with subprocess.Popen(command, env=environment()) as waiting:
+    # Who starts tests in the background has made them deaf to an interruption, and this command with them.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with subprocess.Popen(command, env=environment(), preexec_fn=heed) as waiting:
         time.sleep(2)
         waiting.send_signal(signal.SIGINT)
     assert waiting.returncode == 1
