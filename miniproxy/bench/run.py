@@ -262,7 +262,7 @@ class Runner:
         return total if count else None
 
     def _first_of(self, syncs: tuple[float, float]) -> float | None:
-        """Of an agent that does not tell full syncs from others, as kube-proxy in IPVS mode: less those that followed."""
+        """Where an agent does not tell full syncs from others, as kube-proxy in IPVS mode: less those that followed."""
         total, count = syncs
         return max(0.0, total - (count - 1) * (self.run.change_sync or 0.0)) if count else None
 
