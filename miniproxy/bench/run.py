@@ -8,7 +8,7 @@ from functools import partial
 
 import msgspec
 
-from .agents import Agent, AgentName, Calls, Mode, Setup, flush, wait_quiet
+from .agents import Agent, AgentName, Calls, Mode, Setup, flush, rest, wait_quiet
 from .client import Seen, TooLate, ask, dataplane, follow, written
 from .eye import Eye
 from .feeds import Feed
@@ -18,7 +18,6 @@ from .world import World
 SEED = 20261121
 _SPARE = 100_000  # numbers of services that come and go in a run
 _COLD_PATIENCE = 1200.0
-_REST = 5  # a look that took t is followed by so many t of rest: in user-mode Linux the agent has the same processor
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,7 +131,7 @@ class Runner:
             looked = time.perf_counter() - look
             if not self._agent.running or time.perf_counter() > end:
                 raise TooLate("the agent does not program the services")
-            time.sleep(max(0.002, _REST * looked))
+            time.sleep(max(0.002, rest(looked)))
         self.run.started = time.perf_counter() - start
         # kube-proxy's IPVS mode has still to write its sets and chains when all virtual servers are there.
         wait_quiet(self._agent, eye, 1.0, _COLD_PATIENCE)

@@ -22,6 +22,7 @@ _NEW_LINK, _DELETE_LINK, _GET_LINK = 16, 17, 18
 _IFLA_NAME, _IFLA_INFO, _INFO_KIND = 3, 18, 1
 _LINK = struct.Struct("=BBHiII")  # struct ifinfomsg: family, –, type, index, flags, change
 _MESSAGE = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, index of the link
+_LOST = _MESSAGE.pack(0, 0, 0, 0, 0xFFFFFFFF)  # stands for changes that did not fit into the socket: of no link of ours
 
 
 class Addresses(NamedTuple):
@@ -62,6 +63,7 @@ def watch(changed: Callable[[], None], stop: Callable[[], bool]) -> None:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, ROUTE) as sock:
         sock.bind((0, _ADDRESS_GROUPS))
         sock.settimeout(0.5)
+        ours = 0  # the number of kube-ipvs0: not asked for with each of thousands of VIPs
         while not stop():
             try:
                 found = list(messages(sock.recv(1 << 16)))
@@ -70,12 +72,15 @@ def watch(changed: Callable[[], None], stop: Callable[[], bool]) -> None:
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
-                found = [(_NEW_ADDRESS, 0, b"\0" * _MESSAGE.size)]  # some were lost
-            index = link_index(LINK)
-            if any(
-                kind in (_NEW_ADDRESS, _DELETE_ADDRESS) and _MESSAGE.unpack_from(payload)[4] != index
+                found = [(_NEW_ADDRESS, 0, _LOST)]
+            touched = {
+                _MESSAGE.unpack_from(payload)[4]
                 for kind, _, payload in found
-            ):
+                if kind in (_NEW_ADDRESS, _DELETE_ADDRESS)
+            }
+            if touched - {ours}:
+                ours = link_index(LINK)
+            if touched - {ours}:
                 changed()
 
 
