@@ -223,6 +223,8 @@ number of transactions nf_tables has committed and of rules in KUBE-SERVICES, th
 elements of the map with the service addresses, /proc/net/ip_vs.
 
 - *sync* figures are the agents' own (`kubeproxy_sync_…_duration_seconds`, IPv4): filled caches to programmed kernel.
+  kube-proxy's IPVS mode does not say which syncs are full: there, it is all until quiet, less the mean of a change for
+  each sync but the first.
 - *event to …* begins when the write to the API server (or to the folder) is sent, so its time is in it, and ends with
   the kernel's last write before it worked, or with the first connection that shows the change.
 - *CPU* is of the agent and all programs it started, from /proc/PID/stat, over many changes.

@@ -8,7 +8,7 @@ from functools import partial
 
 import msgspec
 
-from .agents import Agent, AgentName, Calls, Mode, Setup, flush, wait_quiet
+from .agents import Agent, AgentName, Calls, Mode, Setup, flush, rest, wait_quiet
 from .client import Seen, TooLate, ask, dataplane, follow, written
 from .eye import Eye
 from .feeds import Feed
@@ -18,7 +18,6 @@ from .world import World
 SEED = 20261121
 _SPARE = 100_000  # numbers of services that come and go in a run
 _COLD_PATIENCE = 1200.0
-_REST = 5  # a look that took t is followed by so many t of rest: in user-mode Linux the agent has the same processor
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +78,7 @@ class Runner:
         self._plan = plan
         self._step = step
         self._agent = Agent(world, setup)
+        self._begun = (0.0, 0.0)  # seconds and number of the syncs of the cold start
         self.run = Run(
             agent=setup.name,
             mode=setup.mode,
@@ -101,6 +101,7 @@ class Runner:
             else:
                 self._dataplane()
                 self._changes(eye)
+                self.run.full_sync = self.run.full_sync or self._first_of(self._begun)
                 self._services(eye)
                 self._burst(eye)
                 self._churn(eye)
@@ -130,12 +131,12 @@ class Runner:
             looked = time.perf_counter() - look
             if not self._agent.running or time.perf_counter() > end:
                 raise TooLate("the agent does not program the services")
-            time.sleep(max(0.002, _REST * looked))
+            time.sleep(max(0.002, rest(looked)))
         self.run.started = time.perf_counter() - start
-        wait_quiet(self._agent, eye, 1.0)
+        # kube-proxy's IPVS mode has still to write its sets and chains when all virtual servers are there.
+        wait_quiet(self._agent, eye, 1.0, _COLD_PATIENCE)
         self.run.started_cpu = self._agent.cpu()  # not before: what a tool has used shows when it has ended
-        total, count = self._syncs("full")
-        self.run.full_sync = total if count else None
+        self.run.full_sync, self._begun = self._full_sync(), self._syncs()
 
     def _dataplane(self) -> None:
         self._step("connections")
@@ -204,8 +205,7 @@ class Runner:
             wait_quiet(self._agent, eye, 1.0)
         self.run.restarted = done - start
         self.run.restarted_cpu = self._agent.cpu()
-        total, count = self._syncs("full")
-        self.run.restart_sync = total if count else None
+        self.run.restart_sync = self._full_sync() or self._first_of(self._syncs())
 
     def _defaults(self, eye: Eye) -> None:
         self._step("default settings")
@@ -254,6 +254,16 @@ class Runner:
             found.get(f'{name}_sum{{ip_family="IPv4"}}', 0.0),
             found.get(f'{name}_count{{ip_family="IPv4"}}', 0.0),
         )
+
+    def _full_sync(self) -> float | None:
+        """Seconds of the full sync since the agent began; None where it does not say."""
+        total, count = self._syncs("full")
+        return total if count else None
+
+    def _first_of(self, syncs: tuple[float, float]) -> float | None:
+        """Where an agent does not tell full syncs from others, as kube-proxy in IPVS mode: less those that followed."""
+        total, count = syncs
+        return max(0.0, total - (count - 1) * (self.run.change_sync or 0.0)) if count else None
 
     def _first_sync(self) -> float:
         """When (Unix seconds) the first sync of IPv4 ended; 0 before. Asked when all is quiet, so as not to disturb."""

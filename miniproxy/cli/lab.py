@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -130,8 +130,9 @@ def _up_elsewhere(spec: LabSpec, options: list[str]) -> None:
         raise LabError(f"this machine's kernel has no IPVS: {uml.HOW_TO_GET_IT}")
     click.echo("This machine's kernel has no IPVS, so the lab runs in user-mode Linux: give it half a minute.")
     shape = [f"--nodes={spec.nodes}", f"--pods-per-node={spec.pods_per_node}", f"--overlay={spec.overlay}"]
-    with machine.booted(spec), Path(os.devnull).open("wb") as nowhere:
-        if machine.run(spec.name, ["lab", "up", f"--name={spec.name}", *shape, *options], nowhere):
+    with machine.booted(spec):
+        # What it prints is the lab's status, which comes again below.
+        if machine.run(spec.name, ["lab", "up", f"--name={spec.name}", *shape, *options], BytesIO()):
             raise LabError("the lab does not come up in user-mode Linux.")
         found = machine.status(spec.name)
     _show(_console(), found)

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,14 +93,10 @@ def run(lab: str, argv: Sequence[str], out: IO[bytes] | None = None) -> int:
 
 def status(lab: str) -> dict[str, Any]:
     """What `miniproxy lab status` shows of a lab in a machine; its paths and pids are those inside."""
-    answer = state.folder(lab) / f"status.{os.getpid()}"
-    try:
-        with answer.open("wb") as out:
-            if run(lab, ["lab", "status", "--name", lab, "--json"], out):
-                raise LabError(f"lab {lab!r} does not answer in its user-mode Linux: see {console(lab)}.")
-        (found,) = json.loads(answer.read_bytes())
-    finally:
-        answer.unlink(missing_ok=True)
+    answer = BytesIO()
+    if run(lab, ["lab", "status", "--name", lab, "--json"], answer):
+        raise LabError(f"lab {lab!r} does not answer in its user-mode Linux: see {console(lab)}.")
+    (found,) = json.loads(answer.getvalue())
     return {**found, "machine": state.read_processes(lab)[_ROLE].pid}
 
 

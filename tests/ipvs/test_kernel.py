@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from miniproxy.backends import cleanup
 from miniproxy.kernel import ipvs as kernel
+from miniproxy.kernel import links
 from miniproxy.kernel.ipvs import Ipvs
 from miniproxy.model import Batch, Family, Object, Service, ServicePort, ServicePortName
 from miniproxy.planner import ipvs
@@ -22,6 +25,7 @@ from miniproxy.planner.ipvs_text import IpSet, SetEntry
 from miniproxy.transaction import Transaction, TransactionError
 from tests import world
 from tests.golden_rules import golden
+from tests.packets.topology import settle
 
 from . import golden_state, space
 from .space import SETTINGS, Node, run
@@ -330,3 +334,21 @@ def test_one_endpoint_costs_the_same_however_many_services() -> None:
     assert costs[0] == costs[1] == ["# ipvsadm --restore", "-a -t 10.96.0.1:80 -r 10.128.0.18:8080 -m -w 1"]
     node.agent.handle(Batch())
     assert node.sync() == []
+
+
+def test_only_the_nodes_own_addresses_are_news() -> None:
+    """VIPs come and go by the thousand, and are the agent's own doing."""
+    news: list[int] = []
+    over = threading.Event()
+    # A new thread is in the namespace of the one that starts it.
+    watching = threading.Thread(target=links.watch, args=(lambda: news.append(1), over.is_set))
+    watching.start()
+    try:
+        Node(golden_objects()).sync()
+        time.sleep(1)
+        assert news == []
+        run("ip", "addr", "add", "172.30.7.7/24", "dev", "eth0")
+        assert settle(lambda: news != [], seconds=10)
+    finally:
+        over.set()
+        watching.join()
