@@ -1,7 +1,8 @@
 """Reads and writes IPVS: virtual servers over generic netlink, and all of IPVS mode as one backend.
 
-What the kernel holds is read by one dump of the virtual servers and the list of real servers in /proc/net/ip_vs,
-instead of a dump for each.
+IPVS messages are encoded here, since pyroute2 takes 0.2 ms to encode one; it finds the netlink family. What the
+kernel holds is read by one dump of the virtual servers and the list of real servers in /proc/net/ip_vs, instead of
+a dump for each.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ _COMMANDS = {
     "-d": _DEL_DEST,
 }
 _ATTR_SERVICE, _ATTR_DEST = 1, 2
-_CONTROL, _GET_FAMILY, _FAMILY_NUMBER, _FAMILY_NAME = 16, 3, 1, 2  # linux/genetlink.h
 _TIMEOUT_TCP, _TIMEOUT_TCP_FIN, _TIMEOUT_UDP = 4, 5, 6
 _SVC_AF, _SVC_PROTOCOL, _SVC_ADDR, _SVC_PORT, _SVC_FWMARK = 1, 2, 3, 4, 5
 _SVC_SCHEDULER, _SVC_FLAGS, _SVC_TIMEOUT, _SVC_NETMASK = 6, 7, 8, 9
@@ -262,15 +262,14 @@ _PROBE_ADDRESS, _PROBE_PORT = "0.0.0.1", 9  # "this network" (RFC 1122) is never
 @lru_cache(maxsize=1)
 def _family() -> int:
     """The number of the generic netlink family, which stays for as long as the module is loaded."""
-    asked = _HEADER.pack(_GET_FAMILY, _VERSION, 0) + attribute(_FAMILY_NAME, b"IPVS\0")
+    from pyroute2.netlink.exceptions import NetlinkError
+    from pyroute2.netlink.generic.ipvs import IPVSSocket
+
     try:
-        with Netlink.open(GENERIC) as netlink:
-            (found,) = netlink.get(Request(_CONTROL, asked))
-    except OSError as error:
-        if error.errno != errno.ENOENT:
-            raise
+        with IPVSSocket() as sock:
+            return int(sock.prid)
+    except NetlinkError as error:
         raise TransactionError(NO_IPVS, transient=True) from error
-    return int(_u16.unpack(attributes(found[_HEADER.size :])[_FAMILY_NUMBER])[0])
 
 
 def _real_servers(text: str, family: Family) -> dict[tuple[str, ...], list[RealServer]]:
