@@ -58,7 +58,7 @@ class World:
         owner = state.process(os.getpid())
         self._watch = watchdog.start(self.name, owner)
         try:
-            state.claim(state.Record(spec=LabSpec(name=self.name), owner=owner))
+            state.claim(state.Record(spec=LabSpec(name=self.name), owner=owner, benchmark=True))
             netns.build(self.name, self._namespaces(), keep_open=watchdog.pipe(self._watch))
         except BaseException:
             self.__exit__()

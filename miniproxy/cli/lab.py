@@ -152,7 +152,8 @@ def status(name: str | None, as_json: bool) -> None:
     from ..lab import state
 
     with failing_clearly():
-        found = [_status(each) for each in ([name] if name else state.labs())]
+        names = [name] if name else [each for each in state.labs() if not state.read_record(each).benchmark]
+        found = [_status(each) for each in names]
     if as_json:
         click.echo(json.dumps(found, indent=2))
     elif not found:

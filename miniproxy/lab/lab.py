@@ -62,7 +62,10 @@ class Lab:
     @staticmethod
     def attach(name: str) -> Lab:
         """A lab that is up already, to look at, change and remove. Raises LabError if there is none."""
-        return Lab(state.read_record(name).spec)
+        record = state.read_record(name)
+        if record.benchmark:
+            raise LabError(f"{name!r} is a benchmark that runs, and no lab.")
+        return Lab(record.spec)
 
     # ---- life -----------------------------------------------------------------------------------------
 

@@ -60,6 +60,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     mode: str = ""  # of the agents; "" while there are none
     variant: str = ""
     machine: bool = False  # it is in user-mode Linux
+    benchmark: bool = False  # a benchmark's namespaces: swept up like a lab's, and nothing else
 
 
 def process(pid: int) -> Process:

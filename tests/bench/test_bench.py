@@ -134,6 +134,16 @@ def test_interrupted_it_reports_what_there_is_and_leaves_nothing(number: signal.
 
 
 @root
+def test_a_benchmark_is_no_lab() -> None:
+    """It is among the labs to be swept up after a crash, and the lab's commands leave it alone."""
+    with World() as world:
+        assert world.name not in CliRunner().invoke(group, ["lab", "status", "--json"]).stdout
+        named = CliRunner().invoke(group, ["lab", "status", "--name", world.name])
+        assert named.exit_code == 1
+        assert "is a benchmark that runs" in named.output
+
+
+@root
 def test_eyes_see_what_the_tools_wrote() -> None:
     with World() as world:
         nft, legacy = IptablesNft(world), IptablesLegacy(world, endpoints=2)
