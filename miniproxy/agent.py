@@ -33,6 +33,8 @@ _LOOK_HOLDS = 10.0  # seconds for which the first sync believes what `look` has 
 class Planner(Protocol):
     """A planner module (planner/iptables.py, …): pure functions from what is known to kernel objects."""
 
+    MANY_ENDPOINTS: int  # with more of them in a family, `plan` is told so by its node; 0: it does not matter
+
     def frame(
         self, settings: Settings, node: Node, family: Family, local_addresses: Sequence[str] = ()
     ) -> Iterable[Any]: ...
@@ -81,6 +83,8 @@ class Agent:
         self._clock = clock
         self._planned_for: Node | None = None
         self._nodes: dict[Family, Node] = {}  # the same, as each family's service ports are planned for
+        self._counts: dict[PortKey, int] = {}  # endpoints of each service port, where their number matters
+        self._count = dict.fromkeys(backends, 0)  # and of each family
         self._suspect: set[Family] = set(backends)  # whose kernel state has to be read before it is written
         self._planning = dict.fromkeys(backends, 0.0)  # seconds spent on it since the last sync
         self._compared: set[Family] = set()  # whose kernel state has been read since the last sync
@@ -112,10 +116,25 @@ class Agent:
         touched = self.tracker.take()
         for family in self.reconcilers:
             start = self._clock()
-            for key in touched:
-                if key[1] is family:
-                    self._plan_safely(key)
+            for key in self._weigh(family, [key for key in touched if key[1] is family]):
+                self._plan_safely(key)
             self._planning[family] += self._clock() - start
+
+    def _weigh(self, family: Family, touched: list[PortKey]) -> list[PortKey]:
+        """The service ports to plan: those touched, or all when their endpoints have become many, or few again."""
+        limit = self.planner.MANY_ENDPOINTS
+        if not limit:
+            return touched
+        for key in touched:
+            count = self.tracker.endpoint_count(key)
+            self._count[family] += count - self._counts.pop(key, 0)
+            if count:
+                self._counts[key] = count
+        node, many = self._nodes[family], self._count[family] > limit
+        if node.many_endpoints is many:
+            return touched
+        self._nodes[family] = msgspec.structs.replace(node, many_endpoints=many)
+        return list(dict.fromkeys([*touched, *self.tracker.keys(family)]))
 
     def _plan_safely(self, key: PortKey) -> None:
         try:
@@ -131,7 +150,11 @@ class Agent:
         if local != self._local:
             self._local = local
             self.tracker.touch_external()
-        self._nodes = {family: msgspec.structs.replace(node, local=ips) for family, ips in local.items()}
+        limit = self.planner.MANY_ENDPOINTS
+        self._nodes = {
+            family: msgspec.structs.replace(node, local=ips, many_endpoints=0 < limit < self._count[family])
+            for family, ips in local.items()
+        }
         for family, reconciler in self.reconcilers.items():
             reconciler.frame(self.planner.frame(self.settings, node, family, local[family]))
 

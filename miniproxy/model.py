@@ -179,6 +179,7 @@ class Node(msgspec.Struct, frozen=True):
     excluded_by_autoscaler: bool = False  # taint ToBeDeletedByClusterAutoscaler
     local: tuple[str, ...] = ()  # all addresses of its links but kube-ipvs0: what its kernel says, not the API
     service_cidrs: tuple[str, ...] = ()  # where cluster IPs come from: what ServiceCIDRs say, the same on each node
+    many_endpoints: bool = False  # of the family at hand, in the cluster: the planner says how many that is
 
     @property
     def ref(self) -> Ref:

@@ -62,6 +62,10 @@ class Tracker:
         """Count everything as changed: what the node is, or how to plan, is not what it was."""
         self._changed.update(self._ports)
 
+    def keys(self, family: Family) -> list[PortKey]:
+        """All service ports of a family."""
+        return [key for key in self._ports if key[1] is family]
+
     def touch_external(self) -> None:
         """Count as changed what is reachable at addresses of the node, or could be: they are not what they were."""
         self._changed.update(key for key, port in self._ports.items() if port.externally_accessible)
@@ -88,6 +92,20 @@ class Tracker:
             if seen is None or self._usefulness(endpoint) > self._usefulness(seen):
                 found[endpoint.ip, endpoint.port] = endpoint
         return list(found.values())
+
+    def endpoint_count(self, key: PortKey) -> int:
+        """How many endpoints a service port has, whatever their state; 0 if there is no such port."""
+        if key not in self._ports:
+            return 0
+        name, family = key
+        listed = {
+            (endpoint.ip, port.port)
+            for found in self._slices_of.get((name.namespace, name.name), {}).values()
+            for port in found.ports
+            if found.family is family and port.name == name.port and port.protocol == name.protocol
+            for endpoint in found.endpoints
+        }
+        return len(listed)
 
     def take_triggers(self) -> list[tuple[Family, float]]:
         """When (Unix seconds) the changes came about that the slices seen since the last call carry."""

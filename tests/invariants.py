@@ -26,7 +26,7 @@ def check(tables: dict[str, Table]) -> None:
 
 def check_balance(chain: str, rules: list[str]) -> None:
     """Random choices 1/n, 1/(n-1), …, and a last one that takes the rest: every endpoint gets the same share."""
-    chosen = [r for r in rules if " -> " in r and "--rcheck" not in r]
+    chosen = [r for r in rules if "-SEP-" in target(r) and "--rcheck" not in r]
     assert "--probability" not in chosen[-1], f"{chain}: packets can fall through"
     for left, rule in zip(range(len(chosen), 1, -1), chosen, strict=False):
         probability = float(rule.split("--probability ")[1].split()[0])

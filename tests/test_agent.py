@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import msgspec
 import pytest
 
 from miniproxy.agent import Agent
@@ -20,6 +21,7 @@ from tests.fake_iptables import FakeIptables
 class Faulty:
     """The iptables planner with a fault that shows with one service."""
 
+    MANY_ENDPOINTS = iptables.MANY_ENDPOINTS
     frame = staticmethod(iptables.frame)
     show = staticmethod(iptables.show)
 
@@ -93,3 +95,51 @@ def test_what_cannot_be_read_ahead_is_read_later() -> None:
     agent.handle(Batch((cluster.service(1),), synced=True))
     assert [r.error for r in agent.sync()] == [""]
     assert "KUBE-SERVICES" in kernel.tables["nat"]
+
+
+class Terse:
+    """The iptables planner for which four endpoints are many."""
+
+    MANY_ENDPOINTS = 3
+    frame = staticmethod(iptables.frame)
+    plan = staticmethod(iptables.plan)
+    show = staticmethod(iptables.show)
+
+
+def commented(kernel: FakeIptables) -> list[int]:
+    """Of the rules of endpoints' chains: how many have a comment, and how many have none."""
+    rules = [rule for name, chain in kernel.tables["nat"].items() if "-SEP-" in name for rule in chain]
+    with_one = sum("--comment" in rule for rule in rules)
+    return [with_one, len(rules) - with_one]
+
+
+def test_comments_on_endpoints_go_when_there_are_many_and_come_back() -> None:
+    kernel = FakeIptables()
+    agent = Agent(Settings(node_name="n1"), Terse(), {Family.V4: kernel})
+    found = tuple(o for n in (1, 2) for o in (cluster.service(n), cluster.endpoints(n, 1)))
+    agent.handle(Batch(found, synced=True))
+    agent.sync()
+    assert commented(kernel) == [4, 0]
+    agent.handle(Batch((cluster.endpoints(2, 2),)))
+    agent.sync()
+    assert commented(kernel) == [6, 0]
+    agent.handle(Batch((cluster.endpoints(1, 2),)))  # service 2 is not touched by this
+    agent.sync()
+    assert commented(kernel) == [0, 8]
+    again = Agent(Settings(node_name="n1"), Terse(), {Family.V4: kernel})
+    again.handle(Batch((*found, cluster.endpoints(1, 2), cluster.endpoints(2, 2)), synced=True))
+    (synced,) = again.sync()
+    assert synced.result
+    assert synced.result.transactions == ()
+    agent.handle(Batch(deletes=(cluster.service(1).ref,)))
+    agent.sync()
+    assert commented(kernel) == [4, 0]
+
+
+def test_endpoints_are_counted_once_however_many_slices_repeat_them() -> None:
+    kernel = FakeIptables()
+    agent = Agent(Settings(node_name="n1"), Terse(), {Family.V4: kernel})
+    one = cluster.endpoints(1, 3)
+    agent.handle(Batch((cluster.service(1), one, msgspec.structs.replace(one, name="another")), synced=True))
+    agent.sync()
+    assert commented(kernel) == [6, 0]

@@ -6,8 +6,9 @@ import pytest
 
 from miniproxy.agent import Agent
 from miniproxy.config import Settings
-from miniproxy.model import Batch, Family, Object, Ref
+from miniproxy.model import Batch, Endpoint, Family, Object, Ref
 from miniproxy.planner import iptables
+from miniproxy.planner.names import endpoint_chain, service_suffix
 from tests import cluster
 from tests.fake_iptables import FakeIptables
 
@@ -48,7 +49,12 @@ def test_one_endpoint_replaced(big: tuple[Agent, FakeIptables]) -> None:
 
 def test_a_change_writes_its_own_service_only(big: tuple[Agent, FakeIptables]) -> None:
     lines = cost(big, cluster.endpoints(79, 3))
-    assert all("svc-79:" in line for line in lines if line.startswith("-A"))
+    name = cluster.service(79).ports[0].name
+    its = {f"KUBE-SVC-{service_suffix(name)}"}
+    its |= {endpoint_chain(name, Endpoint(e.ip, 8080)) for e in cluster.endpoints(79, 3).endpoints}
+    written = {line.split()[1] for line in lines if line.startswith("-A")}
+    assert written <= its, "rules of other services"
+    assert written
     assert not any(line.startswith(("-I", "-D")) for line in lines), "the dispatch rule is right already"
 
 

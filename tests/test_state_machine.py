@@ -19,8 +19,17 @@ from tests.fake_iptables import FakeIptables
 SETTINGS = Settings(node_name="n1", cluster_cidrs=("10.200.0.0/16", "fd00:200::/32"))
 
 
+class Planner:
+    """The iptables planner for which a handful of endpoints are many, so that their number often matters."""
+
+    MANY_ENDPOINTS = 4
+    frame = staticmethod(iptables.frame)
+    plan = staticmethod(iptables.plan)
+    show = staticmethod(iptables.show)
+
+
 def new_agent(kernels: dict[Family, FakeIptables], objects: dict[Ref, Object], batch: int = 0) -> Agent:
-    agent = Agent(SETTINGS, iptables, kernels)
+    agent = Agent(SETTINGS, Planner(), kernels)
     agent.handle(Batch(tuple(objects.values()), synced=True))
     return agent
 

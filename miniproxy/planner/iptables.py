@@ -28,6 +28,10 @@ SERVICES = "KUBE-SERVICES"
 EXTERNAL_SERVICES = "KUBE-EXTERNAL-SERVICES"
 PROXY_FIREWALL = "KUBE-PROXY-FIREWALL"
 
+# With more endpoints than that kube-proxy leaves out the comments on them: nearly half of the table's size, which the
+# kernel copies and checks at each change. Who takes over from the other must find the same rules.
+MANY_ENDPOINTS = 1000
+
 TABLES = ("filter", "nat")
 BUILT_IN = frozenset({"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"})
 
@@ -298,27 +302,30 @@ class _ServicePlan:
         yield (f'-m comment --comment "other traffic to {self.text} will be dropped by {PROXY_FIREWALL}"')
 
     def balance(self, endpoints: Sequence[Endpoint]) -> Iterator[str]:
-        chains = [(self.chains[text], f"{self.text} -> {text}") for text in map(str, endpoints)]
+        chains = [(self.chains[text], self.comment(f"{self.text} -> {text}")) for text in map(str, endpoints)]
         if self.port.affinity_seconds:
             for chain, comment in chains:
                 recent = f"--rcheck --seconds {self.port.affinity_seconds} --reap {self.recent(chain)}"
-                yield f'-m comment --comment "{comment}" -m recent {recent} -j {chain}'
+                yield f"{comment}-m recent {recent} -j {chain}"
         for left, (chain, comment) in zip(range(len(chains), 0, -1), chains, strict=True):
             random = f"-m statistic --mode random --probability {_probability(left)} " if left > 1 else ""
-            yield f'-m comment --comment "{comment}" {random}-j {chain}'
+            yield f"{comment}{random}-j {chain}"
 
     def endpoint(self, text: str, endpoint: Endpoint) -> Chain:
         chain = self.chains[text]
-        comment = f'-m comment --comment "{self.text}"'
+        comment = self.comment(self.text)
         remember = f"-m recent --set {self.recent(chain)} " if self.port.affinity_seconds else ""
         return Chain(
             "nat",
             chain,
             (
-                f"-s {host(endpoint.ip)} {comment} -j {MARK_MASQ}",  # hairpin: a pod that reaches itself
-                f"-p {self.proto} {comment} {remember}-m {self.proto} -j DNAT --to-destination {text}",
+                f"-s {host(endpoint.ip)} {comment}-j {MARK_MASQ}",  # hairpin: a pod that reaches itself
+                f"-p {self.proto} {comment}{remember}-m {self.proto} -j DNAT --to-destination {text}",
             ),
         )
+
+    def comment(self, text: str) -> str:
+        return "" if self.node.many_endpoints else f'-m comment --comment "{text}" '
 
     def recent(self, chain: str) -> str:
         mask = ":".join(["ffff"] * 8) if self.port.family is Family.V6 else "255.255.255.255"

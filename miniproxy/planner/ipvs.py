@@ -33,7 +33,9 @@ from .ipvs_text import (
     show,
 )
 
-__all__ = ["frame", "plan", "show"]
+__all__ = ["MANY_ENDPOINTS", "frame", "plan", "show"]
+
+MANY_ENDPOINTS = 0  # their number makes no difference
 
 _MASQ = iptables.MARK_MASQ
 

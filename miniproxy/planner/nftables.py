@@ -46,6 +46,8 @@ from .nft_layout import (
     size_of,
 )
 
+MANY_ENDPOINTS = 0  # their number makes no difference
+
 Entry = Literal["", "external", "external-local"]
 Refusal = Literal["", "refused", "dropped"]
 
