@@ -27,7 +27,6 @@ _NESTED = 1 << 15
 _NUMBERS = {name: number for number, name in PROTOCOLS.items()}
 _SEPARATOR = " . "
 
-
 Encode = Callable[[str, str], bytes]
 
 
@@ -47,7 +46,7 @@ class Encoder:
             return _element(words.addresses(key))
 
         def target(key: str, data: str) -> bytes:
-            return _element(words.coded(key), words.target(data) if data else b"")
+            return words.endpoint(key, data) if data else _element(words.coded(key))
 
         def verdict(key: str, data: str) -> bytes:
             return _element(words.coded(key), _goto(data) if data else b"")
@@ -78,22 +77,22 @@ class _Words:
     def __init__(self, family: Family) -> None:
         kind = AF_INET6 if family is Family.V6 else AF_INET
 
-        # Every address is a few times in a transaction, every destination once for each of its endpoints.
-        @lru_cache(maxsize=1 << 14)
         def address(text: str) -> bytes:
             try:
                 return inet_pton(kind, text)
             except OSError:
                 raise ValueError(f"{text!r} is no {family} address") from None
 
-        @lru_cache(maxsize=1 << 10)
+        @lru_cache(maxsize=1 << 10)  # each is there once for each of its endpoints
         def destination(text: str) -> bytes:
             where, protocol, port = text.split(_SEPARATOR)
             return address(where) + bytes((_protocol(protocol), 0, 0, 0)) + int(port).to_bytes(2, "big") + b"\0\0"
 
         self.address = address
         self.destination = destination
-        self.value_header = struct.pack("=2H", 8 + (16 if family is Family.V6 else 4), _VALUE)
+        wide = 16 if family is Family.V6 else 4
+        self.before, between = _headers(wide + 12, wide + 8)
+        self.between = between + struct.pack("=2H", wide + 8, _VALUE)
 
     def addresses(self, text: str) -> bytes:
         return b"".join(map(self.address, text.split(_SEPARATOR)))
@@ -102,10 +101,11 @@ class _Words:
         destination, _, code = text.rpartition(_SEPARATOR)
         return self.destination(destination) + int(code).to_bytes(4, sys.byteorder)
 
-    def target(self, text: str) -> bytes:
-        """The content of an endpoint's NFTA_SET_ELEM_DATA."""
-        address, _, port = text.partition(_SEPARATOR)
-        return self.value_header + self.address(address) + int(port).to_bytes(2, "big") + b"\0\0"
+    def endpoint(self, key: str, data: str) -> bytes:
+        """The whole element; nearly all are of this kind, so its headers are made once."""
+        address, _, port = data.partition(_SEPARATOR)
+        value = self.address(address) + int(port).to_bytes(2, "big") + b"\0\0"
+        return self.before + self.coded(key) + self.between + value
 
     def interval(self, text: str) -> bytes:
         """Both ends of the last field: every other one is a single value."""

@@ -81,7 +81,7 @@ class Nftables:
         return planned == actual
 
     def render(self, changes: Sequence[Change]) -> Transaction:
-        script = nft_script.render(self.family, changes, self._held)
+        script = nft_script.render(self.family, changes, self._held, absent=self._absent)
         self._rendered = script.transaction, script
         return script.transaction
 
@@ -124,7 +124,7 @@ class Nftables:
         encode = self._encoder.of(name)
         try:
             return [encode(key, data) for key, data in elements]
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise TransactionError(f"nftables: cannot be an element of {name}: {error}") from None
 
     def _read(self) -> RawTable | None:

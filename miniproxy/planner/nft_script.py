@@ -83,9 +83,12 @@ class Script(NamedTuple):
     elements: Elements
 
 
-def render(family: Family, changes: Iterable[Change], held: Held) -> Script:
-    """One nft script that makes these changes. What a change of a frontend begins with is `held`'s."""
-    draft = _Draft(family, held)
+def render(family: Family, changes: Iterable[Change], held: Held, *, absent: bool = False) -> Script:
+    """One nft script that makes these changes. What a change of a frontend begins with is `held`'s.
+
+    `absent`: there is no table of ours, not even one that cannot be used.
+    """
+    draft = _Draft(family, held, absent)
     for change in changes:
         draft.add(change)
     return draft.script()
@@ -125,9 +128,10 @@ def seat(wanted: Sequence[str], before: Sequence[str], *, moving: bool) -> tuple
 class _Draft:
     """The parts of a script, in the order in which the kernel takes them."""
 
-    def __init__(self, family: Family, held: Held) -> None:
+    def __init__(self, family: Family, held: Held, absent: bool) -> None:
         self.family = family
         self.held = held
+        self.absent = absent
         self.step = Step({}, set())
         self.groups: Counter[Affinity] = Counter()  # how many more use them
         self.where = f"{ip(family)} {TABLE}"
@@ -154,7 +158,8 @@ class _Draft:
 
     def table(self, *, rebuilding: bool) -> None:
         """Whatever the table held is replaced in the same transaction; `add` makes sure there is one to delete."""
-        self.declared += [f"add table {self.where}", f"delete table {self.where}"]
+        if not self.absent:
+            self.declared += [f"add table {self.where}", f"delete table {self.where}"]
         if not rebuilding:
             return
         self.declared.append(f'add table {self.where} {{ comment "{layout(self.family)}"; }}')
