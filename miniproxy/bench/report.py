@@ -25,13 +25,16 @@ def write(results: Results, output: Path) -> list[Path]:
         pictures = plots.draw(results, output)
     except ModuleNotFoundError:
         pictures = []
-    page.write_text(markdown(results, [picture.name for picture in pictures]))
+    others = sorted(other.parent.name for other in output.glob("*/README.md"))
+    page.write_text(markdown(results, [picture.name for picture in pictures], others))
     return [output / "results.json", page, *pictures]
 
 
-def markdown(results: Results, pictures: Sequence[str] = ()) -> str:
-    """The whole page."""
+def markdown(results: Results, pictures: Sequence[str] = (), others: Sequence[str] = ()) -> str:
+    """The whole page; `others` are folders beside it with results of other runs."""
     parts = ["# Benchmarks", _introduction(results), *(_picture(name) for name in pictures)]
+    if others:
+        parts.append("Other runs: " + ", ".join(f"[{name}]({name}/README.md)" for name in others))
     modes = _modes(results)
     both = _shared(results)
     if both:
@@ -208,8 +211,10 @@ def _digits(value: float) -> str:
 _REPEAT = """\
     sudo hack/bench                   everything it needs, then the standard run: 20 minutes on 2 cores
     sudo miniproxy bench --quick      two minutes, small sizes; without an API server, miniproxy alone
-    sudo miniproxy bench --uml --modes iptables-legacy,ipvs --sizes 50,200 --more-sizes 1000 --pairs 1
-                                      IPVS where the kernel has none, in user-mode Linux
+    sudo hack/bench --uml --modes iptables-legacy,ipvs --sizes 50,200 --more-sizes 1000,5000 --pairs 1 \\
+        --output docs/benchmarks/ipvs IPVS where the kernel has none, in user-mode Linux
+    sudo hack/bench --sizes 10000 --endpoints 5 --modes iptables-legacy --more-sizes '' --pairs 1 \\
+        --output docs/benchmarks/large
     miniproxy bench --report --output docs/benchmarks     tables and plots again from results.json
 
 The same objects in the same order each time (no randomness but which services are connected to, with a fixed seed).
