@@ -92,6 +92,15 @@ def size_of(count: int) -> int:
     return count if count <= EXACT else power_of_two(count)
 
 
+def map_of(size: int) -> str:
+    """The map that holds the endpoints of that size.
+
+    The kernel looks at each rule that refers to a map for each element that is added to it, and a size beyond EXACT
+    has as many rules as all exact ones together. So each of those has a map of its own.
+    """
+    return "endpoints" if size <= EXACT else f"endpoints-{size}"
+
+
 def power_of_two(count: int) -> int:
     """The smallest that is not less than count (≥ 1)."""
     return 1 << (count - 1).bit_length()
@@ -110,7 +119,7 @@ def sets(family: Family) -> dict[str, str]:
         "node-ips": f"set {{ type {address}; }}",
         "external": f"set {{ typeof {to}; }}",
         "external-local": f"set {{ typeof {to}; }}",
-        "endpoints": f"map {{ {coded} : {ip(family)} daddr . th dport; }}",
+        **dict.fromkeys(map(map_of, SIZES), f"map {{ {coded} : {ip(family)} daddr . th dport; }}"),
         "sizes": f"set {{ {coded}; }}",
         "affinity": f"map {{ {coded} : verdict; }}",
         "occupied": f"set {{ {coded}; }}",
@@ -146,7 +155,7 @@ def choosing(family: Family) -> Iterator[Chain]:
 
 def _choose(family: Family, to: str, name: str, first: int) -> Iterator[str]:
     for size in SIZES[:EXACT]:
-        yield _dnat(family, f"{to} . numgen random mod {size} offset {first + size * UNIT}", "endpoints")
+        yield _dnat(family, f"{to} . numgen random mod {size} offset {first + size * UNIT}", map_of(size))
     yield f"{to} . {_constant(first)} vmap @affinity"
     for size in SIZES[EXACT:]:
         yield f"{to} . {_constant(first + size * UNIT)} @sizes goto {name}-{size}"
@@ -155,7 +164,7 @@ def _choose(family: Family, to: str, name: str, first: int) -> Iterator[str]:
 def _draw(family: Family, to: str, size: int, first: int) -> Iterator[str]:
     """More than size/2 of the indices are taken: draw until one is hit, and last from those that surely are."""
     for count in [size] * DRAWS + [size // 2 + 1]:
-        yield _dnat(family, f"{to} . numgen random mod {count} offset {first + size * UNIT}", "endpoints")
+        yield _dnat(family, f"{to} . numgen random mod {count} offset {first + size * UNIT}", map_of(size))
 
 
 # -- what is made when a service with session affinity needs it
@@ -163,7 +172,7 @@ def _draw(family: Family, to: str, size: int, first: int) -> Iterator[str]:
 
 def affinity_map(family: Family) -> str:
     """The declaration of a group's map."""
-    return sets(family)["endpoints"]
+    return sets(family)[map_of(1)]
 
 
 def affinity_chain(family: Family, group: Affinity) -> Chain:

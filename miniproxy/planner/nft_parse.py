@@ -13,7 +13,21 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 from ..model import Family
-from .nft_layout import EXACT, LOCAL, UNIT, Affinity, Chain, Hook, affinity_chain, choosing, layout, sets, size_of
+from .nft_layout import (
+    EXACT,
+    LOCAL,
+    SIZES,
+    UNIT,
+    Affinity,
+    Chain,
+    Hook,
+    affinity_chain,
+    choosing,
+    layout,
+    map_of,
+    sets,
+    size_of,
+)
 from .nft_script import Held
 from .nftables import Element, Entry, Frontend, NftablesObject, Refusal, Stray, Table, interval
 
@@ -81,6 +95,7 @@ class _Parts:
         self.names: set[str] = set()  # sets that hold the frontend itself
         self.sizes: set[int] = set()
         self.targets: dict[int, str] = {}  # by code
+        self.misplaced = False  # an endpoint is not in the map of its size
         self.groups: dict[int, Affinity] = {}  # by LOCAL or 0
         self.sources: list[str] = []
 
@@ -151,7 +166,8 @@ class _Parser:
 
     def takers(self) -> Mapping[str, Callable[[str, _Parts, RawElement], None]]:
         plain: tuple[str, ...] = ("external", "external-local", "refused", "dropped", "guarded", "counted")
-        coded = {"endpoints": self.take_target, "sizes": self.take_size, "occupied": self.take_nothing}
+        targets = dict.fromkeys(map(map_of, SIZES), self.take_target)
+        coded = {**targets, "sizes": self.take_size, "occupied": self.take_nothing}
         rest = {"affinity": self.take_group, "allowed": self.take_source}
         return dict.fromkeys(plain, self.take_name) | coded | rest
 
@@ -165,7 +181,9 @@ class _Parser:
         parts.sizes.add(self.code(element))
 
     def take_target(self, name: str, parts: _Parts, element: RawElement) -> None:
-        parts.targets[self.code(element)] = self.target(element)
+        code = self.code(element)
+        parts.targets[code] = self.target(element)
+        parts.misplaced |= name != map_of(_size(code))
 
     def take_group(self, name: str, parts: _Parts, element: RawElement) -> None:
         group = Affinity.named(element.chain)
@@ -238,7 +256,7 @@ class _Parser:
 def _certain(frontend: Frontend, parts: _Parts) -> bool:
     """Whether the parts are exactly the frontend's, which for most can be said without spelling them out."""
     names = {frontend.entry, frontend.refusal, "guarded" * frontend.guarded, "counted" * frontend.counted} - {""}
-    if parts.groups or names != parts.names or bool(frontend.sources) != frontend.guarded:
+    if parts.groups or parts.misplaced or names != parts.names or bool(frontend.sources) != frontend.guarded:
         return False
     codes = set()
     for first, endpoints in ((0, frontend.endpoints), (LOCAL, frontend.local)):
@@ -261,15 +279,15 @@ def _seats(parts: _Parts, first: int, *, slotted: bool) -> tuple[str, ...]:
         start = first
     else:
         # All codes of one size: the largest tells which, should there be several.
-        size = (codes[-1] - first) // UNIT
-        start = first + (size if size <= EXACT else _largest_size(codes[-1] - first)) * UNIT
+        start = first + _size(codes[-1]) * UNIT
         count = codes[-1] - start + 1
     return tuple(parts.targets.get(code, "") for code in range(start, start + min(count, 1 << 17)))
 
 
-def _largest_size(code: int) -> int:
-    """The size beyond EXACT whose codes begin last before this one."""
-    return 1 << ((code // UNIT).bit_length() - 1)
+def _size(code: int) -> int:
+    """The size whose codes begin last before this one, or at it."""
+    size = code % LOCAL // UNIT
+    return size if size <= EXACT else 1 << (size.bit_length() - 1)
 
 
 def _rule(mark: str) -> str:

@@ -40,6 +40,7 @@ from .nft_layout import (
     choosing,
     ip,
     layout,
+    map_of,
     node_port_addresses,
     power_of_two,
     sets,
@@ -146,8 +147,9 @@ class Frontend(NamedTuple):
                 code = first + size * UNIT
                 if size > EXACT:
                     yield "sizes", f"{to} . {code}", ""
+                name = map_of(size)
                 for index, endpoint in enumerate(endpoints):
-                    yield "endpoints", f"{to} . {code + index}", endpoint
+                    yield name, f"{to} . {code + index}", endpoint
         if self.refusal:
             yield self.refusal, to, ""
         if self.guarded:

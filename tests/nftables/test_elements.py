@@ -71,6 +71,7 @@ def elements(draw: st.DrawFn, family: Family) -> list[tuple[str, str, str]]:
         *((name, to, "") for name in plain),
         *((name, f"{to} . {code}", "") for name in ("sizes", "occupied")),
         ("endpoints", f"{to} . {code}", target),
+        ("endpoints-16", f"{to} . {code}", target),
         (GROUP, f"{to} . {code}", target),
         ("affinity", f"{to} . {code}", f"goto {GROUP}"),
         ("allowed", f"{to} . {draw(networks(family))}", ""),

@@ -39,6 +39,7 @@ MEDDLING = (
     "add chain {where} foreign {{ type filter hook input priority 3; }}\nadd rule {where} foreign accept",
     "add set {where} foreign {{ type mark; }}\nadd element {where} foreign {{ 7 }}",
     "add element {where} endpoints {{ {any} . tcp . 4 . 77777 : {any} . 9 }}",
+    "add element {where} endpoints-32 {{ {any} . tcp . 4 . 20000 : {any} . 9 }}",
     "add element {where} sizes {{ {any} . udp . 4 . 160000 }}",
     "add element {where} external {{ {any} . tcp . 4 }}",
     "add element {where} affinity {{ {any} . tcp . 4 . 3 : goto choose-all }}",
