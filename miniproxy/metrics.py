@@ -259,9 +259,10 @@ def _rules(objects: Any) -> dict[str, int]:
     """How many iptables rules objects (None among them) are, by table."""
     count: dict[str, int] = {"filter": 0, "nat": 0}
     for obj in objects:
-        match obj:
-            case Chain(rules=rules) | Hooks(rules=rules) | DispatchChain(tail=rules):
-                count[obj.table] += len(rules)
-            case DispatchRule():
-                count[obj.table] += 1
+        if isinstance(obj, DispatchRule):
+            count[obj.table] += 1
+        elif isinstance(obj, DispatchChain):
+            count[obj.table] += len(obj.tail)
+        elif isinstance(obj, Chain | Hooks):
+            count[obj.table] += len(obj.rules)
     return count

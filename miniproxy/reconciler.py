@@ -207,7 +207,11 @@ class Reconciler:
             return
         run.transactions.append(transaction)
         for change in changes:
-            self._advance(change, self._dirty[change.key])
+            if change.after is None:
+                self._applied.pop(change.key, None)
+            else:
+                self._applied[change.key] = change.after
+            del self._dirty[change.key]
 
     def _bisect(self, owners: list[Owner], error: TransactionError, run: _Run) -> None:
         # What spans tables is not atomic: the first may be in the kernel already, so look.
@@ -230,13 +234,6 @@ class Reconciler:
         run.refused.append((owner, str(error)))
         if len(run.refused) >= _GIVE_UP and not run.transactions:
             raise error
-
-    def _advance(self, change: Change, owner: Owner) -> None:
-        if change.after is None:
-            self._applied.pop(change.key, None)
-        else:
-            self._applied[change.key] = change.after
-        self._compare(change.key, owner)
 
 
 def _urgency(owner: Owner) -> int:

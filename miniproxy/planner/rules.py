@@ -83,9 +83,9 @@ def removal(obj: IptablesObject, keep: set[tuple[str, str]]) -> Iterator[Change]
 
 def _empties(change: Change) -> bool:
     """A dispatch chain is emptied only when it comes or goes: its other services' rules must stay."""
-    kind = change.key[0]
-    dispatch = isinstance(change.before, DispatchChain) and isinstance(change.after, DispatchChain)
-    return kind == "chain" and not dispatch
+    if change.key[0] != "chain":
+        return False
+    return not (isinstance(change.before, DispatchChain) and isinstance(change.after, DispatchChain))
 
 
 # -- reading
