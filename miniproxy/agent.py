@@ -17,7 +17,7 @@ import msgspec
 from .config import Settings
 from .flows import CONNECTIONLESS, Flows, Stale
 from .log import fields
-from .model import Batch, Family, Node, PortKey, Problem, ProblemKind, Ref, ServicePort, ServicePortName
+from .model import Batch, Endpoint, Family, Node, PortKey, Problem, ProblemKind, Ref, ServicePort, ServicePortName
 from .observer import Conntrack, Observer, Synced
 from .policy import Serving, categorize
 from .problems import NO_NEWS, News, Problems
@@ -116,29 +116,31 @@ class Agent:
         touched = self.tracker.take()
         for family in self.reconcilers:
             start = self._clock()
-            for key in self._weigh(family, [key for key in touched if key[1] is family]):
-                self._plan_safely(key)
+            for key, endpoints in self._with_endpoints(family, [key for key in touched if key[1] is family]):
+                self._plan_safely(key, endpoints)
             self._planning[family] += self._clock() - start
 
-    def _weigh(self, family: Family, touched: list[PortKey]) -> list[PortKey]:
+    def _with_endpoints(self, family: Family, touched: list[PortKey]) -> list[tuple[PortKey, list[Endpoint]]]:
         """The service ports to plan: those touched, or all when their endpoints have become many, or few again."""
+        found = [(key, self.tracker.endpoints(key)) for key in touched]
         limit = self.planner.MANY_ENDPOINTS
         if not limit:
-            return touched
-        for key in touched:
-            count = self.tracker.endpoint_count(key)
+            return found
+        for key, endpoints in found:
+            count = len(endpoints) if self.tracker.port(key) else 0
             self._count[family] += count - self._counts.pop(key, 0)
             if count:
                 self._counts[key] = count
         node, many = self._nodes[family], self._count[family] > limit
         if node.many_endpoints is many:
-            return touched
+            return found
         self._nodes[family] = msgspec.structs.replace(node, many_endpoints=many)
-        return list(dict.fromkeys([*touched, *self.tracker.keys(family)]))
+        there = set(touched)
+        return found + [(key, self.tracker.endpoints(key)) for key in self.tracker.keys(family) if key not in there]
 
-    def _plan_safely(self, key: PortKey) -> None:
+    def _plan_safely(self, key: PortKey, endpoints: list[Endpoint]) -> None:
         try:
-            self._plan(key)
+            self._plan(key, endpoints)
         except Exception:
             # A fault in our own code must cost the one port it shows with, whose old rules keep serving.
             log.exception("cannot plan %s: please report this", key[0], extra=fields(family=key[1]))
@@ -177,7 +179,7 @@ class Agent:
                 log.warning("cannot read the kernel: %s", error, extra=fields(family=family))
         return drift
 
-    def _plan(self, key: PortKey) -> None:
+    def _plan(self, key: PortKey, endpoints: list[Endpoint]) -> None:
         name, family = key
         reconciler = self.reconcilers.get(family)
         if reconciler is None:
@@ -190,7 +192,7 @@ class Agent:
             self._observer.planned(key, None, Serving())
             return
         port, reservations = self._review(port)
-        serving = categorize(port, self.tracker.endpoints(key), self.tracker.node)
+        serving = categorize(port, endpoints, self.tracker.node)
         self._note_flows(key, port, serving)
         self._observer.planned(key, port, serving)
         reconciler.set(name, self.planner.plan(port, serving, self.settings, self._nodes[family]))

@@ -69,14 +69,16 @@ class Observers(Observer):
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
+        # Called for each port there is: those who do not listen need not be asked.
+        self._planned = [o.planned for o in observers if type(o).planned is not Observer.planned]
 
     def delivered(self, batch: Batch) -> None:
         for o in self._observers:
             o.delivered(batch)
 
     def planned(self, key: PortKey, port: ServicePort | None, serving: Serving) -> None:
-        for o in self._observers:
-            o.planned(key, port, serving)
+        for planned in self._planned:
+            planned(key, port, serving)
 
     def noticed(self, news: News) -> None:
         for o in self._observers:

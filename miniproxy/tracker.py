@@ -93,20 +93,6 @@ class Tracker:
                 found[endpoint.ip, endpoint.port] = endpoint
         return list(found.values())
 
-    def endpoint_count(self, key: PortKey) -> int:
-        """How many endpoints a service port has, whatever their state; 0 if there is no such port."""
-        if key not in self._ports:
-            return 0
-        name, family = key
-        listed = {
-            (endpoint.ip, port.port)
-            for found in self._slices_of.get((name.namespace, name.name), {}).values()
-            for port in found.ports
-            if found.family is family and port.name == name.port and port.protocol == name.protocol
-            for endpoint in found.endpoints
-        }
-        return len(listed)
-
     def take_triggers(self) -> list[tuple[Family, float]]:
         """When (Unix seconds) the changes came about that the slices seen since the last call carry."""
         times, self._triggered = self._triggered, []

@@ -13,9 +13,8 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..model import Family
-from .netlink import CREATE, Netlink, Refused, Request, attribute, attributes
+from .netlink import CREATE, NETFILTER, Netlink, Refused, Request, attribute, attributes
 
-_NETFILTER = 12  # netlink protocol
 _NFTABLES = 10 << 8
 _GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = (_NFTABLES | n for n in (1, 4, 7, 10, 13))
 _NEWSETELEM, _DELSETELEM = _NFTABLES | 12, _NFTABLES | 14
@@ -58,7 +57,7 @@ def read_table(netlink: Netlink, family: Family, name: str, skip: Container[str]
 
 def open_netlink() -> Netlink:
     """A socket for read_table and write_elements. Raises OSError."""
-    return Netlink.open(_NETFILTER)
+    return Netlink.open(NETFILTER)
 
 
 class RefusedElement(NamedTuple):

@@ -22,7 +22,7 @@ from ..planner.nft_script import Elements, Held, Script, spelt
 from ..planner.nftables import NftablesObject
 from ..transaction import Change, Transaction, TransactionError
 from .exec import Completed, Runner, run
-from .netlink import Netlink
+from .netlink import TRANSIENT, Netlink
 from .nfnetlink import RawTable, RefusedElement, open_netlink, read_table, write_elements
 from .nft_elements import Encoder
 
@@ -141,10 +141,9 @@ def _refusal(refused: RefusedElement, elements: Elements, where: str) -> Transac
     if refused.adding:
         verb, spelled = "add", [spelt(*element) for element in elements.added[refused.set]]
     named = spelled[refused.place] if refused.place >= 0 else "…"
-    transient = refused.code in (errno.EPERM, errno.EBUSY, errno.ENOMEM, errno.EINTR, errno.ERESTART)
     return TransactionError(
         f"nftables: {os.strerror(refused.code)}: {verb} element {where} {refused.set} {{ {named} }}",
-        transient=transient,
+        transient=refused.code in TRANSIENT | {errno.EBUSY, errno.ERESTART},
     )
 
 
