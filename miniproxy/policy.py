@@ -27,7 +27,7 @@ def categorize(port: ServicePort, endpoints: Iterable[Endpoint], node: Node) -> 
     if port.uses_cluster_endpoints:
         in_topology = _topology(endpoints, node)
         # A topology is only chosen when a ready endpoint is in it, so an empty result means: nobody is ready.
-        cluster = tuple(e for e in endpoints if e.ready and in_topology(e)) or _draining(endpoints)
+        cluster = tuple([e for e in endpoints if e.ready and in_topology(e)]) or _draining(endpoints)
     if not port.uses_local_endpoints:
         return Serving(cluster, (), cluster, bool(cluster))
     mine = [e for e in endpoints if e.node and e.node == node.name]
@@ -48,11 +48,17 @@ def _topology(endpoints: Iterable[Endpoint], node: Node) -> Callable[[Endpoint],
     ignoring it would overload the others.
     """
     ready = [e for e in endpoints if e.ready]
+    if not ready or not (ready[0].node_hints or ready[0].zone_hints):
+        return _everywhere
     if all(e.node_hints for e in ready) and any(node.name in e.node_hints for e in ready):
         return lambda e: node.name in e.node_hints
     if node.zone and all(e.zone_hints for e in ready) and any(node.zone in e.zone_hints for e in ready):
         return lambda e: node.zone in e.zone_hints
-    return lambda e: True
+    return _everywhere
+
+
+def _everywhere(endpoint: Endpoint) -> bool:
+    return True
 
 
 def _merge(cluster: tuple[Endpoint, ...], local: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -26,5 +27,9 @@ def run(
     env: Mapping[str, str] | None = None,
 ) -> Completed:
     """Run a program to its end; what it prints is text in UTF-8."""
-    done = subprocess.run(argv, input=text.encode(), capture_output=True, timeout=timeout, env=env, check=False)
+    # A file in memory: into a pipe, subprocess writes 4 KiB at a time, and a table can have megabytes.
+    with open(os.memfd_create("stdin", os.MFD_CLOEXEC), "wb+") as stdin:
+        stdin.write(text.encode())
+        stdin.seek(0)
+        done = subprocess.run(argv, stdin=stdin, capture_output=True, timeout=timeout, env=env, check=False)
     return Completed(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))

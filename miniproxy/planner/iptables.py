@@ -302,7 +302,8 @@ class _ServicePlan:
         yield (f'-m comment --comment "other traffic to {self.text} will be dropped by {PROXY_FIREWALL}"')
 
     def balance(self, endpoints: Sequence[Endpoint]) -> Iterator[str]:
-        chains = [(self.chains[text], self.comment(f"{self.text} -> {text}")) for text in map(str, endpoints)]
+        texts = self.endpoints if endpoints is self.serving.reachable else map(str, endpoints)
+        chains = [(self.chains[text], self.comment(f"{self.text} -> {text}")) for text in texts]
         if self.port.affinity_seconds:
             for chain, comment in chains:
                 recent = f"--rcheck --seconds {self.port.affinity_seconds} --reap {self.recent(chain)}"
