@@ -174,6 +174,9 @@ def _inside_uml(arguments: list[str]) -> int:
     if not uml.available():
         raise Failure(f"user-mode Linux is not installed: {uml.HOW_TO_GET_IT}")
     again = [argument for argument in arguments if argument != "--uml"]
+    assets = os.environ.get("KUBEBUILDER_ASSETS")  # the machine inside has an environment of its own
+    if assets and "--manifests" not in again and not any(each.startswith("--kubernetes") for each in again):
+        again += ["--kubernetes", assets]
     return uml.run([sys.executable, "-m", "miniproxy", *again, "--environment", "user-mode Linux, one CPU"])
 
 
