@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 
 from .config import Settings
-from .flows import CONNECTIONLESS, Flows, Stale
+from .flows import Flows, Stale
 from .log import fields
 from .model import Batch, Endpoint, Family, Node, PortKey, Problem, ProblemKind, Ref, ServicePort, ServicePortName
 from .observer import Conntrack, Observer, Synced
@@ -181,9 +181,7 @@ class Agent:
 
     def _plan(self, key: PortKey, endpoints: list[Endpoint]) -> None:
         name, family = key
-        reconciler = self.reconcilers.get(family)
-        if reconciler is None:
-            return
+        reconciler = self.reconcilers[family]
         port = self.tracker.port(key)
         if port is None:
             reconciler.set(name, ())
@@ -220,8 +218,6 @@ class Agent:
         return Synced(family, result, "", self._clock() - start, full)
 
     def _note_flows(self, key: PortKey, port: ServicePort | None, serving: Serving) -> None:
-        if key[0].protocol not in CONNECTIONLESS:
-            return
         stale = self._flows.change(key, port, map(str, serving.reachable))
         if stale and key[1] not in self._fresh:
             self._stale.setdefault(key[1], []).extend(stale)
