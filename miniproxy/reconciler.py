@@ -36,9 +36,10 @@ class Reconciler:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.aside: dict[ServicePortName, str] = {}  # service ports the kernel refused, and why
-        self._wanted: dict[Owner, dict[Hashable, Any]] = {}
+        self._wanted: dict[Owner, tuple[Any, ...]] = {}
         self._owner: dict[Hashable, Owner] = {}  # who has a key
         self._rivals: dict[Hashable, list[Owner]] = {}  # all who want it, its owner first, where there are several
+        self._desired: dict[Hashable, Any] = {}  # what owners want
         self._applied: dict[Hashable, Any] = {}
         self._dirty: dict[Hashable, Owner] = {}  # where the two differ, in the order found, and whose it is
 
@@ -54,66 +55,70 @@ class Reconciler:
         self._want(name, objects)
 
     def wanted(self, name: ServicePortName) -> tuple[Any, ...]:
-        return tuple(self._wanted.get(name, {}).values())
+        return self._wanted.get(name, ())
 
-    def desired(self) -> dict[Hashable, Any]:
-        """Everything that should be, by key. Looks at all services: for comparisons, not for the change path."""
-        return {key: self._wanted[owner][key] for key, owner in self._owner.items()}
+    @property
+    def desired(self) -> Mapping[Hashable, Any]:
+        """Everything that should be, by key."""
+        return self._desired
 
     def conflicts(self, name: ServicePortName) -> list[tuple[Hashable, Owner]]:
         """Keys this service port wants and does not get because another has them with other content."""
-        wanted = self._wanted.get(name, {})
+        wanted = self._wanted.get(name, ())
         found = []
-        for key in wanted.keys() & self._rivals.keys():
-            winner = self._owner[key]
-            if winner != name and self._wanted[winner][key] != wanted[key]:
-                found.append((key, winner))
+        for obj in wanted if self._rivals else ():
+            key = obj.key
+            if key in self._rivals and self._owner[key] != name and self._desired[key] != obj:
+                found.append((key, self._owner[key]))
         return sorted(found, key=str)
 
     def _want(self, owner: Owner, objects: Iterable[Any]) -> None:
-        before = self._wanted.pop(owner, {})
+        before = {obj.key: obj for obj in self._wanted.pop(owner, ())}
         after = {obj.key: obj for obj in objects}
         if after:
-            self._wanted[owner] = after
+            self._wanted[owner] = tuple(after.values())
         for key in before.keys() - after.keys():
             self._disclaim(key, owner)
             self._compare(key, owner)
         for key, obj in after.items():
             if key not in before:
-                self._claim(key, owner)
+                self._claim(key, obj, owner)
                 self._compare(key, owner)
-            elif before[key] != obj:
+            elif before[key] != obj and self._owner[key] == owner:
+                self._desired[key] = obj
                 self._compare(key, owner)
 
-    def _claim(self, key: Hashable, owner: Owner) -> None:
+    def _claim(self, key: Hashable, obj: Any, owner: Owner) -> None:
         if key not in self._owner:
             self._owner[key] = owner
+            self._desired[key] = obj
             return
         rivals = self._rivals.setdefault(key, [self._owner[key]])
         rivals.append(owner)
         # The frame first, then the smallest name: who wins a conflict must not depend on who came first.
         rivals.sort(key=lambda o: (o is not None, o or ()))
-        self._owner[key] = rivals[0]
+        self._give(key, rivals[0])
 
     def _disclaim(self, key: Hashable, owner: Owner) -> None:
         rivals = self._rivals.get(key)
         if rivals is None:
-            del self._owner[key]
+            del self._owner[key], self._desired[key]
             return
         rivals.remove(owner)
-        self._owner[key] = rivals[0]
+        self._give(key, rivals[0])
         if len(rivals) == 1:
             del self._rivals[key]
 
+    def _give(self, key: Hashable, owner: Owner) -> None:
+        self._owner[key] = owner
+        self._desired[key] = next(obj for obj in self._wanted[owner] if obj.key == key)
+
     def _compare(self, key: Hashable, owner: Owner) -> None:
         """Note whether a key is as it should be; `owner` answers for it where nobody wants it any more."""
-        if self._desired(key) == self._applied.get(key):
+        if self._desired.get(key) == self._applied.get(key):
             self._dirty.pop(key, None)
         else:
             self._dirty[key] = self._owner.get(key, owner)
-
-    def _desired(self, key: Hashable) -> Any:
-        return self._wanted[self._owner[key]][key] if key in self._owner else None
 
     # -- what is
 
@@ -131,7 +136,7 @@ class Reconciler:
         applied: dict[Hashable, Any] = {}
         dirty: dict[Hashable, Owner] = {}
         for key, obj in (self.backend.read() if found is None else found).items():
-            wanted = self._desired(key)
+            wanted = self._desired.get(key)
             if wanted is not None and self.backend.same(wanted, obj):
                 applied[key] = wanted  # in the planned spelling, so that from here on equality is plain equality
             else:
@@ -191,7 +196,8 @@ class Reconciler:
         return by_owner
 
     def _changes(self, groups: Iterable[Iterable[Hashable]]) -> list[Change]:
-        return [Change(key, self._applied.get(key), self._desired(key)) for keys in groups for key in keys]
+        applied, desired = self._applied, self._desired
+        return [Change(key, applied.get(key), desired.get(key)) for keys in groups for key in keys]
 
     def _write(self, groups: dict[Owner, list[Hashable]], run: _Run) -> None:
         if not groups:
@@ -206,12 +212,12 @@ class Reconciler:
             self._bisect(list(groups), error, run)
             return
         run.transactions.append(transaction)
-        for change in changes:
-            if change.after is None:
-                self._applied.pop(change.key, None)
+        for key, _, after in changes:
+            if after is None:
+                self._applied.pop(key, None)
             else:
-                self._applied[change.key] = change.after
-            del self._dirty[change.key]
+                self._applied[key] = after
+            del self._dirty[key]
 
     def _bisect(self, owners: list[Owner], error: TransactionError, run: _Run) -> None:
         # What spans tables is not atomic: the first may be in the kernel already, so look.

@@ -6,7 +6,7 @@ A transaction is data: it prints as the text that would be sent, so `plan` and a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 Key = Hashable
@@ -27,11 +27,40 @@ class Change(NamedTuple):
     after: Any
 
 
-class Transaction(NamedTuple):
-    """All of it happens, or none of it."""
+class Transaction:
+    """All of it happens, or none of it.
 
-    text: str
-    operations: int  # lines or messages the kernel's tool has to work on
+    Iterating over it prints it, a piece of some lines at a time, whenever somebody does: the tool works on the first
+    piece while the next is made, and the megabytes of a first load are nowhere as a whole.
+    """
+
+    def __init__(self, pieces: Callable[[], Iterable[str]], operations: int | None = None) -> None:
+        """`pieces` prints it, the same each time; `operations` is the number of its lines unless it is stated."""
+        self._pieces = pieces
+        self._operations = operations
+
+    @staticmethod
+    def of(text: str) -> Transaction:
+        return Transaction(lambda: (text,))
+
+    def __iter__(self) -> Iterator[str]:
+        lines = 0
+        for piece in self._pieces():
+            lines += piece.count("\n")
+            yield piece
+        if self._operations is None:
+            self._operations = lines
+
+    @property
+    def text(self) -> str:
+        return "".join(self)
+
+    @property
+    def operations(self) -> int:
+        """Lines or messages the kernel's tool has to work on; counted where it is printed."""
+        if self._operations is None:
+            self._operations = self.text.count("\n")
+        return self._operations
 
 
 class TransactionError(Exception):

@@ -357,7 +357,7 @@ def test_packet_counts_are_read_from_the_rules() -> None:
         "iptables-nft KUBE-POSTROUTING": "-A KUBE-POSTROUTING -m conntrack --ctorigdst 127.0.0.0/8 -c 5 300\n",
     }
 
-    def runner(argv: Any, text: str = "", timeout: float = 60.0) -> Completed:
+    def runner(argv: Any, text: Iterable[str] = (), timeout: float = 60.0) -> Completed:
         out = listed.get(f"{argv[0]} {argv[-1]}")
         return Completed(0, out, "") if out else Completed(1, "", "No chain by that name.")
 

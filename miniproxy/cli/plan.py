@@ -35,7 +35,7 @@ def command(loaded: Loaded, family: str, diff: bool, as_json: bool) -> None:
 
     families = [f for f in Family if family in (str(f.value), "both")]
     agent, problems = planned(loaded, families)
-    desired = {f: agent.reconcilers[f].desired().values() for f in families}
+    desired = {f: agent.reconcilers[f].desired.values() for f in families}
     texts = {f: agent.planner.show(objects) for f, objects in desired.items()}
     if diff:
         texts = {f: _difference(agent, f, text) for f, text in texts.items()}

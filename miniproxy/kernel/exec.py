@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import select
 import subprocess
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import BinaryIO, NamedTuple, Protocol
+
+_PIPE = 1 << 20  # bytes; what an unprivileged process may have, and a tool needs some time for
 
 
 class Completed(NamedTuple):
@@ -15,21 +20,76 @@ class Completed(NamedTuple):
 
 
 class Runner(Protocol):
-    def __call__(self, argv: Sequence[str], text: str = "", timeout: float = 60.0) -> Completed:
-        """Run a program with `text` on standard input. Raises FileNotFoundError, subprocess.TimeoutExpired."""
+    def __call__(self, argv: Sequence[str], text: Iterable[str] = (), timeout: float = 60.0) -> Completed:
+        """Run a program with the pieces of `text` on standard input. Raises FileNotFoundError,
+        subprocess.TimeoutExpired.
+        """
         ...
 
 
 def run(
     argv: Sequence[str],
-    text: str = "",
+    text: Iterable[str] = (),
     timeout: float = 60.0,
     env: Mapping[str, str] | None = None,
 ) -> Completed:
-    """Run a program to its end; what it prints is text in UTF-8."""
-    # A file in memory: into a pipe, subprocess writes 4 KiB at a time, and a table can have megabytes.
-    with open(os.memfd_create("stdin", os.MFD_CLOEXEC), "wb+") as stdin:
-        stdin.write(text.encode())
-        stdin.seek(0)
-        done = subprocess.run(argv, stdin=stdin, capture_output=True, timeout=timeout, env=env, check=False)
-    return Completed(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+    """Run a program to its end; what it prints is text in UTF-8. It runs while the pieces of `text` are made; should
+    making one fail, it is killed.
+    """
+    end = time.monotonic() + timeout
+    # What it prints goes to files in memory: nobody has to read along, so neither waits for the other.
+    with _memory("stdout") as out, _memory("stderr") as err:
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=out, stderr=err, env=env)
+        assert process.stdin
+        try:
+            _feed(process.stdin.fileno(), (text,) if isinstance(text, str) else text, end)
+            process.stdin.close()
+            _wait(process, end)
+        except BaseException as error:
+            process.kill()  # before its input ends: it might take what it has for all there is
+            process.wait()
+            if isinstance(error, TimeoutError):
+                raise subprocess.TimeoutExpired(argv, timeout) from None
+            raise
+        finally:
+            process.stdin.close()
+        return Completed(process.wait(), _text(out), _text(err))
+
+
+def _feed(pipe: int, pieces: Iterable[str], end: float) -> None:
+    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE)
+    os.set_blocking(pipe, False)
+    for piece in pieces:
+        rest = memoryview(piece.encode())
+        while rest:
+            try:
+                rest = rest[os.write(pipe, rest) :]
+            except BlockingIOError:
+                _until(pipe, select.POLLOUT, end)
+            except BrokenPipeError:
+                return  # it has ended, and its exit status says why
+
+
+def _wait(process: subprocess.Popen[bytes], end: float) -> None:
+    """Like process.wait(timeout), which sleeps up to 50 ms at a time and looks."""
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        _until(pidfd, select.POLLIN, end)
+    finally:
+        os.close(pidfd)
+
+
+def _until(fd: int, event: int, end: float) -> None:
+    poll = select.poll()
+    poll.register(fd, event)
+    if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
+        raise TimeoutError
+
+
+def _memory(name: str) -> BinaryIO:
+    return open(os.memfd_create(name, os.MFD_CLOEXEC), "w+b")
+
+
+def _text(file: BinaryIO) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")

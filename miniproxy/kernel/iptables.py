@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -62,21 +62,21 @@ class Iptables:
         argv = [self._program("restore"), "--noflush"]
         # The nft variant has no lock, and says nothing if it is asked to wait for one.
         argv += ["-w", _LOCK_WAIT]
-        self._checked(argv, transaction.text)
+        self._checked(argv, transaction)
 
     def _program(self, action: str) -> str:
         return f"{'ip6tables' if self.family is Family.V6 else 'iptables'}-{self.variant}-{action}"
 
-    def _checked(self, argv: list[str], text: str = "") -> str:
+    def _checked(self, argv: list[str], pieces: Iterable[str] = ()) -> str:
         try:
-            done = self._run(argv, text)
+            done = self._run(argv, pieces)
         except FileNotFoundError:
             message = f"{argv[0]} is not installed: install the package iptables"
             raise TransactionError(message, transient=True) from None
         except subprocess.TimeoutExpired as error:
             raise TransactionError(f"{argv[0]} did not end within {error.timeout:.0f} s", transient=True) from None
         if done.code:
-            raise _error(argv[0], done.code, done.err.strip(), text)
+            raise _error(argv[0], done.code, done.err.strip(), "".join(pieces))
         return done.out
 
 
@@ -113,7 +113,7 @@ def cleanup(family: Family, variant: Variant, runner: Runner = run) -> int:
     canaries = [table for table, chain in sorted(saved.chains) if chain == "KUBE-PROXY-CANARY"]
     markers = "".join(f"*{table}\n-X KUBE-PROXY-CANARY\nCOMMIT\n" for table in canaries)
     if changes or canaries:
-        kernel.apply(Transaction(transaction.text + markers, transaction.operations))
+        kernel.apply(Transaction.of(transaction.text + markers))
     return len(changes) + len(canaries)
 
 
@@ -156,7 +156,7 @@ def _works(family: Family, variant: Variant, runner: Runner) -> bool:
     `-L` and `restore --test` all succeed. The chain is gone with the transaction that made it.
     """
     try:
-        Iptables(family, variant, runner).apply(Transaction(_PROBE, 1))
+        Iptables(family, variant, runner).apply(Transaction.of(_PROBE))
     except TransactionError as error:
         log.info("iptables-%s does not work here: %s", variant, error)
         return False

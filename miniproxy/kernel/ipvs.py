@@ -393,7 +393,7 @@ class IpvsBackend:
     def _apply(self, section: Section) -> None:
         match section.tool:
             case "iptables":
-                self._iptables.apply(Transaction(section.text, len(section.lines)))
+                self._iptables.apply(Transaction.of(section.text))
             case "ipset":
                 ipset.restore(section.lines)
             case "ip":

@@ -159,9 +159,8 @@ class _ServicePlan:
         self.local_chain = "KUBE-SVL-" + end
         self.external_chain = "KUBE-EXT-" + end
         self.firewall_chain = "KUBE-FW-" + end
-        # By the endpoint as text, which many rules need.
-        self.endpoints = {str(e): e for e in serving.reachable}
-        self.chains = {text: "KUBE-SEP-" + suffix(seed + text) for text in self.endpoints}
+        # Of each endpoint, in the order of serving.reachable, by its text.
+        self.chains = {text: "KUBE-SEP-" + suffix(seed + text) for text in map(str, serving.reachable)}
         self.internal_chain = self.local_chain if port.internal_local else self.cluster_chain
         self.has_internal = bool(serving.local) if port.internal_local else serving.any
         self.has_external = bool(serving.local) if port.external_local else serving.any
@@ -176,10 +175,9 @@ class _ServicePlan:
         if self.guarded:
             yield Chain("nat", self.firewall_chain, tuple(self.firewall_rules()))
         for chain, endpoints in self.balanced():
-            rules = list(self.internal_masquerade()) if chain == self.internal_chain else []
-            yield Chain("nat", chain, (*rules, *self.balance(endpoints)))
-        for text, endpoint in self.endpoints.items():
-            yield self.endpoint(text, endpoint)
+            first = self.internal_masquerade() if chain == self.internal_chain else ()
+            yield Chain("nat", chain, (*first, *self.balance(endpoints)))
+        yield from self.endpoint_chains()
 
     def balanced(self) -> Iterator[tuple[str, tuple[Endpoint, ...]]]:
         if self.port.uses_cluster_endpoints and self.serving.cluster:
@@ -255,10 +253,10 @@ class _ServicePlan:
 
     # -- the service's own chains
 
-    def internal_masquerade(self) -> Iterator[str]:
+    def internal_masquerade(self) -> tuple[str, ...]:
         """Traffic to the cluster IP from outside the pod network has to come back through this node."""
         if not self.has_internal:
-            return
+            return ()
         port, settings = self.port, self.settings
         match = (
             f'-p {self.proto} -m comment --comment "{self.text} cluster IP" '
@@ -267,11 +265,10 @@ class _ServicePlan:
         destination = f"-d {host(port.cluster_ip)}"
         outside = pod_sources(settings, port.family, self.node, inside=False)
         if settings.masquerade_all:
-            yield f"{destination} {match}"
-        elif outside.startswith("! -i"):  # iptables-save prints interfaces behind addresses
-            yield f"{destination} {outside} {match}"
-        elif outside:
-            yield f"{outside} {destination} {match}"
+            return (f"{destination} {match}",)
+        if outside.startswith("! -i"):  # iptables-save prints interfaces behind addresses
+            return (f"{destination} {outside} {match}",)
+        return (f"{outside} {destination} {match}",) if outside else ()
 
     def external_rules(self) -> Iterator[str]:
         what = f"{self.text} external destinations"
@@ -302,31 +299,33 @@ class _ServicePlan:
         yield (f'-m comment --comment "other traffic to {self.text} will be dropped by {PROXY_FIREWALL}"')
 
     def balance(self, endpoints: Sequence[Endpoint]) -> Iterator[str]:
-        texts = self.endpoints if endpoints is self.serving.reachable else map(str, endpoints)
-        chains = [(self.chains[text], self.comment(f"{self.text} -> {text}")) for text in texts]
+        texts = self.chains if endpoints is self.serving.reachable else map(str, endpoints)
+        chains = [(self.chains[text], self.comment(" -> ", text)) for text in texts]
         if self.port.affinity_seconds:
             for chain, comment in chains:
                 recent = f"--rcheck --seconds {self.port.affinity_seconds} --reap {self.recent(chain)}"
                 yield f"{comment}-m recent {recent} -j {chain}"
-        for left, (chain, comment) in zip(range(len(chains), 0, -1), chains, strict=True):
+        left = len(chains)
+        for chain, comment in chains:
             random = f"-m statistic --mode random --probability {_probability(left)} " if left > 1 else ""
             yield f"{comment}{random}-j {chain}"
+            left -= 1
 
-    def endpoint(self, text: str, endpoint: Endpoint) -> Chain:
-        chain = self.chains[text]
-        comment = self.comment(self.text)
-        remember = f"-m recent --set {self.recent(chain)} " if self.port.affinity_seconds else ""
-        return Chain(
-            "nat",
-            chain,
-            (
-                f"-s {host(endpoint.ip)} {comment}-j {MARK_MASQ}",  # hairpin: a pod that reaches itself
-                f"-p {self.proto} {comment}{remember}-m {self.proto} -j DNAT --to-destination {text}",
-            ),
-        )
+    def endpoint_chains(self) -> Iterator[Chain]:
+        proto, comment, affine = self.proto, self.comment(), self.port.affinity_seconds
+        for endpoint, (text, chain) in zip(self.serving.reachable, self.chains.items(), strict=True):
+            remember = f"-m recent --set {self.recent(chain)} " if affine else ""
+            yield Chain(
+                "nat",
+                chain,
+                (
+                    f"-s {host(endpoint.ip)} {comment}-j {MARK_MASQ}",  # hairpin: a pod that reaches itself
+                    f"-p {proto} {comment}{remember}-m {proto} -j DNAT --to-destination {text}",
+                ),
+            )
 
-    def comment(self, text: str) -> str:
-        return "" if self.node.many_endpoints else f'-m comment --comment "{text}" '
+    def comment(self, arrow: str = "", endpoint: str = "") -> str:
+        return "" if self.node.many_endpoints else f'-m comment --comment "{self.text}{arrow}{endpoint}" '
 
     def recent(self, chain: str) -> str:
         mask = ":".join(["ffff"] * 8) if self.port.family is Family.V6 else "255.255.255.255"

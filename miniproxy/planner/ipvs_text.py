@@ -173,8 +173,7 @@ def render(changes: Sequence[Change]) -> Transaction:
 
 def script(sections: Iterable[Section]) -> Transaction:
     used = [s for s in sections if s.lines]
-    text = "".join(f"{_TITLES[s.tool]}\n{s.text}" for s in used)
-    return Transaction(text, sum(len(s.lines) for s in used))
+    return Transaction(lambda: (f"{_TITLES[s.tool]}\n{s.text}" for s in used), sum(len(s.lines) for s in used))
 
 
 def sections_of(transaction: Transaction) -> Iterator[Section]:

@@ -8,7 +8,7 @@ one keeps it: a change then writes what it changes, and session affinity, which 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import starmap
 from typing import Any, NamedTuple
 
@@ -232,15 +232,18 @@ class _Draft:
             needed = self.held.groups[group] + more > 0
             if there != needed:
                 self.group(group, adding=needed)
-        deleted, added = self.elements.lines(self.where)
         # Every chain before any rule, since rules refer to chains; rules before elements, since the kernel looks
         # through what the sets hold for each rule it adds.
         made = [*self.unhooked, *self.chains, *self.rules]
         gone = [*self.emptied, *self.removed]
-        text = _text([*self.declared, *deleted, *made, *added, *gone])
         frame = [*self.declared, *made, *gone]
+
+        def pieces() -> Iterator[str]:
+            deleted, added = self.elements.lines(self.where)
+            yield _text([*self.declared, *deleted, *made, *added, *gone])
+
         operations = len(frame) + self.elements.total()
-        return Script(Transaction(text, operations), self.step, _text(frame), self.elements)
+        return Script(Transaction(pieces, operations), self.step, _text(frame), self.elements)
 
 
 def _text(lines: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -49,26 +49,41 @@ def render(changes: Sequence[Change]) -> Transaction:
     order = list(TABLES)
     if all(c.after is None for c in by_table["filter"]):
         order.reverse()
-    lines = [line for table in order if by_table[table] for line in _table(table, by_table[table])]
-    lines.append("")
-    return Transaction("\n".join(lines), operations=len(lines) - 1)
+
+    def pieces() -> Iterator[str]:
+        for table in order:
+            if by_table[table]:
+                yield from _table(table, by_table[table])
+
+    return Transaction(pieces)
 
 
-def _table(table: str, changes: Sequence[Change]) -> list[str]:
+def _table(table: str, changes: Sequence[Change]) -> Iterator[str]:
     # Naming a chain makes it, or empties it: with its rules go its references to chains that are to be dropped.
-    emptied = {c.key[2] for c in changes if _empties(c)}
-    dropped = sorted(c.key[2] for c in changes if c.after is None and c.key[0] == "chain")
+    emptied = {change.key[2] for change in changes if change.key[0] == "chain" and _empties(change)}
+    dropped = sorted(key[2] for key, _, after in changes if after is None and key[0] == "chain")
     # Downwards: both variants keep chains in a sorted list and look for a new one's place from its front, so this
     # saves a fifth of the tool's time.
-    lines = [f"*{table}", *(f":{name} - [0:0]" for name in sorted(emptied, reverse=True))]
-    for change in changes:
-        # The key's third part is the chain, whatever the object.
-        if change.before is not None and change.key[2] not in emptied:
-            lines += change.before.removed()
-    for change in changes:
-        if change.after is not None:
-            lines += change.after.added()
-    return [*lines, *(f"-X {name}" for name in dropped), "COMMIT"]
+    yield _piece([f"*{table}", *(f":{name} - [0:0]" for name in sorted(emptied, reverse=True))])
+    # The key's third part is the chain, whatever the object.
+    yield from _lines(b.removed() for key, b, _ in changes if b is not None and key[2] not in emptied)
+    yield from _lines(after.added() for _, _, after in changes if after is not None)
+    yield _piece([*(f"-X {name}" for name in dropped), "COMMIT"])
+
+
+def _lines(groups: Iterable[list[str]]) -> Iterator[str]:
+    """A piece of text for some thousand lines at a time."""
+    lines: list[str] = []
+    for group in groups:
+        lines += group
+        if len(lines) >= 2000:
+            yield _piece(lines)
+            lines = []
+    yield _piece(lines)
+
+
+def _piece(lines: Iterable[str]) -> str:
+    return "\n".join([*lines, ""])
 
 
 def removal(obj: IptablesObject, keep: set[tuple[str, str]]) -> Iterator[Change]:
@@ -82,9 +97,9 @@ def removal(obj: IptablesObject, keep: set[tuple[str, str]]) -> Iterator[Change]
 
 
 def _empties(change: Change) -> bool:
-    """A dispatch chain is emptied only when it comes or goes: its other services' rules must stay."""
-    if change.key[0] != "chain":
-        return False
+    """Whether a chain's change empties it. A dispatch chain is emptied only when it comes or goes: its other services'
+    rules must stay.
+    """
     return not (isinstance(change.before, DispatchChain) and isinstance(change.after, DispatchChain))
 
 

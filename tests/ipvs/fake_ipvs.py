@@ -101,7 +101,7 @@ class FakeIpvs:
             if "--match-set" in words and words[words.index("--match-set") + 1] not in self.sets:
                 raise TransactionError(f"no such set: {line}")
         self.tables.fault = self.fault
-        self.tables.apply(Transaction(section.text, 0))
+        self.tables.apply(Transaction.of(section.text))
 
     def _ip(self, line: str) -> None:
         words = line.split()

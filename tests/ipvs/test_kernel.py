@@ -89,7 +89,7 @@ def test_what_is_written_reads_back_as_planned(before: Any, after: Any) -> None:
         node.apply(*after[0], *after[1])
         for family, reconciler in node.agent.reconcilers.items():
             assert reconciler.adopt() == 0, family
-            assert reconciler.backend.read() == reconciler.desired(), family
+            assert reconciler.backend.read() == reconciler.desired, family
         for server in space.servers():
             assert all(real.weight == 1 or server.protocol == "TCP" for real in server.servers)
 
@@ -305,10 +305,10 @@ def test_repeating_a_transaction_is_no_failure() -> None:
     for transaction in node.sync():
         if "icmp6" not in transaction.text and "KUBE-6" not in transaction.text:
             without = transaction.text.split("# iptables-restore")[0]
-            node.dataplane.backends[Family.V4].apply(Transaction(without, 0))
+            node.dataplane.backends[Family.V4].apply(Transaction.of(without))
     tail = "# ipvsadm --restore\n-A -t 10.97.0.1:80 -s rr\n-a -t 10.97.0.1:80 -r 10.180.0.1:8080 -m -w 1\n"
     gone = "-D -t 10.99.9.9:80\n-d -t 10.97.0.1:80 -r 10.9.9.9:1\n-e -t 10.97.0.1:80 -r 10.9.9.9:1 -m -w 0\n"
-    node.dataplane.backends[Family.V4].apply(Transaction(tail + gone, 0))
+    node.dataplane.backends[Family.V4].apply(Transaction.of(tail + gone))
     assert golden_state.server_differences(space.servers()) == []
 
 
@@ -316,7 +316,7 @@ def test_a_refusal_names_the_virtual_server() -> None:
     backend = Node([]).dataplane.backends[Family.V4]
     text = "# ipvsadm --restore\n-A -t 10.1.1.1:80 -s nosuch\n-A -t 10.1.1.2:80 -s rr\n"
     with pytest.raises(TransactionError, match=r"10\.1\.1\.1 port 80.*no scheduler 'nosuch'") as caught:
-        backend.apply(Transaction(text, 2))
+        backend.apply(Transaction.of(text))
     assert not caught.value.transient
     assert [s.address for s in space.servers()] == ["10.1.1.2"], "the others are made all the same"
 

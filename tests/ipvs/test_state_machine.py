@@ -166,7 +166,7 @@ class Machine(RuleBasedStateMachine):
         if self.pending:
             return
         for family, kernel in self.kernels.items():
-            for obj in self.agent.reconcilers[family].desired().values():
+            for obj in self.agent.reconcilers[family].desired.values():
                 if isinstance(obj, VirtualServer) and obj.protocol == "TCP":
                     assert {s for s in kernel.servers[obj.key].servers if s.weight} == set(obj.servers)
             assert len(kernel.draining) == len(kernel.leaving())

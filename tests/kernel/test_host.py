@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -81,7 +81,7 @@ def test_null_leaves_the_kernel_alone(netfilter: Path) -> None:
 def test_asks_for_each_module_and_goes_on_where_one_is_missing() -> None:
     asked = []
 
-    def modprobe(argv: Sequence[str], text: str = "", timeout: float = 60.0) -> Completed:
+    def modprobe(argv: Sequence[str], text: Iterable[str] = (), timeout: float = 60.0) -> Completed:
         asked.append(argv[1])
         return Completed(argv[1] == "ip_tables", "", "not found")
 
@@ -90,7 +90,7 @@ def test_asks_for_each_module_and_goes_on_where_one_is_missing() -> None:
 
 
 def test_no_modprobe_is_no_failure() -> None:
-    def missing(argv: Sequence[str], text: str = "", timeout: float = 60.0) -> Completed:
+    def missing(argv: Sequence[str], text: Iterable[str] = (), timeout: float = 60.0) -> Completed:
         raise FileNotFoundError(argv[0])
 
     host.load_modules(("nf_conntrack",), missing)

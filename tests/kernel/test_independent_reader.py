@@ -30,7 +30,7 @@ print(json.dumps(found))
 def planned(agent: Agent) -> dict[str, list[str]]:
     """Targets of the rules by chain, from the planned objects alone."""
     chains: dict[str, list[str]] = {}
-    objects = agent.reconcilers[Family.V4].desired().values()
+    objects = agent.reconcilers[Family.V4].desired.values()
     for o in objects:
         match o:
             case Chain(table, name, rules) | Hooks(table, name, rules):

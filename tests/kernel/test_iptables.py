@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from miniproxy.agent import Agent
 from miniproxy.config import Settings
-from miniproxy.kernel.exec import Completed
+from miniproxy.kernel.exec import Completed, run
 from miniproxy.kernel.iptables import Iptables, Variant, cleanup, detect_variant
 from miniproxy.model import Batch, Family, Object, ServicePortName
 from miniproxy.planner import iptables
@@ -42,9 +42,8 @@ class Inside:
     def __init__(self, namespace: Namespace) -> None:
         self.namespace = namespace
 
-    def __call__(self, argv: Sequence[str], text: str = "", timeout: float = 60.0) -> Completed:
-        done = subprocess.run(self.namespace.command(argv), input=text, capture_output=True, text=True, timeout=timeout)
-        return Completed(done.returncode, done.stdout, done.stderr)
+    def __call__(self, argv: Sequence[str], text: Iterable[str] = (), timeout: float = 60.0) -> Completed:
+        return run(self.namespace.command(argv), text, timeout)
 
 
 def agent_in(namespace: Namespace, variant: Variant, objects: Sequence[Object]) -> Agent:
@@ -70,7 +69,7 @@ def test_what_is_written_reads_back_as_planned(variant: Variant, before: Any, af
         sync(agent)
         for family, reconciler in agent.reconcilers.items():
             actual = reconciler.backend.read()
-            assert actual == reconciler.desired(), f"{family}: not the planned text"
+            assert actual == reconciler.desired, f"{family}: not the planned text"
             assert reconciler.adopt() == 0
 
 
@@ -114,7 +113,7 @@ def test_what_others_made_survives_start_changes_and_cleanup(namespace: Namespac
     run = Inside(namespace)
     kernel = Iptables(Family.V4, variant, run)
     marked = ":KUBE-MARK-MASQ - [0:0]\n-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\n"
-    kernel.apply(Transaction(FOREIGN.replace("*nat\n", "*nat\n" + marked, 1), 0))
+    kernel.apply(Transaction.of(FOREIGN.replace("*nat\n", "*nat\n" + marked, 1)))
     before = rules_of(kernel)
     agent = agent_in(namespace, variant, world_of(seed=2))
     sync(agent)
@@ -142,7 +141,7 @@ def test_cleanup_leaves_no_chain(namespace: Namespace, variant: Variant) -> None
 def test_cleanup_leaves_the_kubelets_firewall(namespace: Namespace) -> None:
     kernel = Iptables(Family.V4, "nft", Inside(namespace))
     sync(agent_in(namespace, "nft", world_of(seed=4)))
-    kernel.apply(Transaction("*mangle\n:KUBE-KUBELET-CANARY - [0:0]\nCOMMIT\n", 0))
+    kernel.apply(Transaction.of("*mangle\n:KUBE-KUBELET-CANARY - [0:0]\nCOMMIT\n"))
     cleanup(Family.V4, "nft", Inside(namespace))
     assert [r.split(" -j ")[-1] for r in rules_of(kernel)] == ["KUBE-FIREWALL", "DROP", "KUBE-FIREWALL"]
 
@@ -155,9 +154,9 @@ def test_taking_over_from_kube_proxy_rewrites_nothing_that_is_right(namespace: N
     agent.replan()
     text = agent.reconcilers[Family.V4].preview().text
     text = text.replace("--set-xmark 0x4000/0x0", "--xor-mark 0x4000")
-    agent.reconcilers[Family.V4].backend.apply(Transaction(text, 0))
+    agent.reconcilers[Family.V4].backend.apply(Transaction.of(text))
     stale = ":KUBE-SVC-AAAAAAAAAAAAAAAA - [0:0]\n-A KUBE-SVC-AAAAAAAAAAAAAAAA -j KUBE-MARK-MASQ\n"
-    agent.reconcilers[Family.V4].backend.apply(Transaction(f"*nat\n{stale}COMMIT\n", 0))
+    agent.reconcilers[Family.V4].backend.apply(Transaction.of(f"*nat\n{stale}COMMIT\n"))
     lines = "".join(t.text for t in sync(agent) if "icmp6" not in t.text).splitlines()
     assert [line for line in lines if "KUBE-SVC-A" in line] == [
         ":KUBE-SVC-AAAAAAAAAAAAAAAA - [0:0]",
@@ -183,12 +182,12 @@ def test_a_bad_object_is_set_aside_by_name(namespace: Namespace, variant: Varian
 def test_a_refusal_shows_the_line(namespace: Namespace, variant: Variant) -> None:
     kernel = Iptables(Family.V4, variant, Inside(namespace))
     with pytest.raises(TransactionError, match="-A KUBE-X -p tcp --dport nonsense") as caught:
-        kernel.apply(Transaction("*nat\n:KUBE-X - [0:0]\n-A KUBE-X -p tcp --dport nonsense\nCOMMIT\n", 3))
+        kernel.apply(Transaction.of("*nat\n:KUBE-X - [0:0]\n-A KUBE-X -p tcp --dport nonsense\nCOMMIT\n"))
     assert not caught.value.transient
 
 
 def test_a_missing_program_blames_nobody() -> None:
-    def missing(argv: Sequence[str], text: str = "", timeout: float = 60.0) -> Completed:
+    def missing(argv: Sequence[str], text: Iterable[str] = (), timeout: float = 60.0) -> Completed:
         raise FileNotFoundError(argv[0])
 
     with pytest.raises(TransactionError, match="install the package iptables") as caught:
@@ -205,7 +204,7 @@ def test_a_held_lock_blames_nobody(namespace: Namespace) -> None:
         assert holder.stdin
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(TransactionError) as caught:
-            kernel.apply(Transaction("*nat\n:KUBE-X - [0:0]\nCOMMIT\n", 1))
+            kernel.apply(Transaction.of("*nat\n:KUBE-X - [0:0]\nCOMMIT\n"))
         assert caught.value.transient
         holder.stdin.close()
 
@@ -224,8 +223,8 @@ def test_follows_the_variant_in_use(namespace: Namespace, variant: Variant, made
     other: Variant = "legacy" if variant == "nft" else "nft"
     if "mangle" in made:  # a hint counts for more than rules
         rule = "*filter\n-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT\nCOMMIT\n"
-        Iptables(Family.V4, other, run).apply(Transaction(rule, 1))
-    Iptables(Family.V4, variant, run).apply(Transaction(made, 1))
+        Iptables(Family.V4, other, run).apply(Transaction.of(rule))
+    Iptables(Family.V4, variant, run).apply(Transaction.of(made))
     assert detect_variant(Family.V4, run) == variant
 
 
@@ -247,7 +246,7 @@ def test_the_search_leaves_no_rule_and_no_chain(namespace: Namespace) -> None:
 def test_a_default_that_cannot_be_written_is_no_choice(namespace: Namespace, broken: Variant) -> None:
     """As in a kernel with nf_tables but without its IPv4: everything but a commit succeeds."""
 
-    def run(argv: Sequence[str], text: str = "", timeout: float = 60.0) -> Completed:
+    def run(argv: Sequence[str], text: Iterable[str] = (), timeout: float = 60.0) -> Completed:
         if argv[0] == "iptables":
             return Completed(0, f"iptables v1.8.9 ({'legacy' if broken == 'legacy' else 'nf_tables'})\n", "")
         if argv[0] == f"iptables-{broken}-restore":
@@ -261,7 +260,7 @@ def test_a_default_that_cannot_be_written_is_no_choice(namespace: Namespace, bro
 def test_where_nothing_can_be_written_it_stays_with_the_default(namespace: Namespace) -> None:
     """The first write then says why."""
 
-    def run(argv: Sequence[str], text: str = "", timeout: float = 60.0) -> Completed:
+    def run(argv: Sequence[str], text: Iterable[str] = (), timeout: float = 60.0) -> Completed:
         if argv[0].endswith("-restore"):
             return Completed(4, "", "Permission denied (you must be root)")
         return inside(argv, text, timeout)

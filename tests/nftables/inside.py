@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from miniproxy.kernel.exec import Completed
+from miniproxy.kernel.exec import Completed, run
 from miniproxy.kernel.netlink import Netlink
 from miniproxy.kernel.nfnetlink import open_netlink
 from miniproxy.kernel.nftables import Nftables, Program
@@ -55,9 +54,8 @@ class Inside:
         self.namespace = namespace
         self.scripts: list[str] = []  # all transactions, whatever came of them
 
-    def runner(self, argv: Sequence[str], text: str = "", timeout: float = 60.0) -> Completed:
-        done = subprocess.run(self.namespace.command(argv), input=text, capture_output=True, text=True, timeout=timeout)
-        return Completed(done.returncode, done.stdout, done.stderr)
+    def runner(self, argv: Sequence[str], text: Iterable[str] = (), timeout: float = 60.0) -> Completed:
+        return run(self.namespace.command(argv), text, timeout)
 
     def netlink(self) -> Netlink:
         with entered(self.namespace):

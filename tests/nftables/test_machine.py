@@ -136,7 +136,7 @@ class Machine(RuleBasedStateMachine):
         scratch.handle(Batch(tuple(self.objects.values()), synced=True))
         scratch.replan()
         for family in Family:
-            wanted = scratch.reconcilers[family].desired()
+            wanted = scratch.reconcilers[family].desired
             held = self.inside.backend(family).read()
             assert held.keys() == wanted.keys()
             wrong = [key for key in wanted if not self.backends[family].same(wanted[key], held[key])]
@@ -146,7 +146,7 @@ class Machine(RuleBasedStateMachine):
     def what_is_shown_can_be_loaded(self) -> None:
         """`plan` prints a ruleset that nft takes."""
         for reconciler in self.agent.reconcilers.values():
-            shown = nftables.show(reconciler.desired().values())
+            shown = nftables.show(reconciler.desired.values())
             self.inside.nft("-c", "-f", "-", stdin=f"flush ruleset\n{shown}")
 
     @invariant()

@@ -36,7 +36,7 @@ def test_golden_objects_give_the_golden_rules(family: Family, file: str) -> None
     agent = Agent(SETTINGS, iptables, {family: FakeIptables()})
     agent.handle(Batch(tuple(golden_objects()), synced=True))
     agent.replan()
-    shown = iptables.show(agent.reconcilers[family].desired().values())
+    shown = iptables.show(agent.reconcilers[family].desired.values())
     assert differences(golden(file), shown) == []
 
 
