@@ -241,10 +241,10 @@ class Agent:
     def _state(
         self, family: Family, name: ServicePortName, reasons: Sequence[str], what: ProblemKind = "Refused"
     ) -> None:
+        if not reasons and not self.problems:
+            return  # as nearly always, so nothing is made up for it
         ref = Ref("Service", name.namespace, name.name)
         finder = family, name.port, name.protocol
-        if not reasons and not self.problems.stand(finder, ref):
-            return
         found = [Problem(ref, f"port {name.port or name.protocol} ({family})", r, what=what) for r in reasons]
         self._tell(self.problems.state(finder, ref, found))
 

@@ -145,15 +145,15 @@ class Metrics(Observer):
                 self.set(f"{RULES}_last_queued_timestamp_seconds", now, str(family))
 
     def planned(self, key: PortKey, port: ServicePort | None, serving: Serving) -> None:
-        nobody_here = port is not None and serving.any and not serving.local
+        alone = port if port is not None and serving.any and not serving.local else None
         for policy, local in (
-            ("internal", nobody_here and port is not None and port.internal_local),
-            ("external", nobody_here and port is not None and port.external_local),
+            ("internal", alone is not None and alone.internal_local),
+            ("external", alone is not None and alone.external_local),
         ):
             found = self._without_local[key[1], policy]
             if local:
                 found.add(key)
-            else:
+            elif found:
                 found.discard(key)
 
     def noticed(self, news: News) -> None:
@@ -184,8 +184,8 @@ class Metrics(Observer):
         self.add("miniproxy_transaction_operations_total", transaction.operations, *where)
         self.add("miniproxy_objects", sum((c.after is not None) - (c.before is not None) for c in changes), *where)
         if self._mode == "iptables":
-            before = _rules(c.before for c in changes)
-            for table, count in _rules(c.after for c in changes).items():
+            before = _rules(c.before for c in changes if c.before is not None)
+            for table, count in _rules(c.after for c in changes if c.after is not None).items():
                 self._written[family, table] += count
                 self.add(f"{RULES}_iptables_total", count - before[table], str(family), table)
 
@@ -256,7 +256,7 @@ def _taken_from(times: dict[Family, deque[float]], family: Family) -> deque[floa
 
 
 def _rules(objects: Any) -> dict[str, int]:
-    """How many iptables rules objects (None among them) are, by table."""
+    """How many iptables rules objects are, by table."""
     count: dict[str, int] = {"filter": 0, "nat": 0}
     for obj in objects:
         if isinstance(obj, DispatchRule):

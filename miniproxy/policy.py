@@ -4,7 +4,7 @@ topology hints and terminating endpoints. Pure; kube-proxy's CategorizeEndpoints
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from .model import Endpoint, Node, ServicePort
@@ -25,9 +25,7 @@ def categorize(port: ServicePort, endpoints: Iterable[Endpoint], node: Node) -> 
     cluster: tuple[Endpoint, ...] = ()
     local: tuple[Endpoint, ...] = ()
     if port.uses_cluster_endpoints:
-        in_topology = _topology(endpoints, node)
-        # A topology is only chosen when a ready endpoint is in it, so an empty result means: nobody is ready.
-        cluster = tuple([e for e in endpoints if e.ready and in_topology(e)]) or _draining(endpoints)
+        cluster = tuple(_nearest([e for e in endpoints if e.ready], node)) or _draining(endpoints)
     if not port.uses_local_endpoints:
         return Serving(cluster, (), cluster, bool(cluster))
     mine = [e for e in endpoints if e.node and e.node == node.name]
@@ -41,24 +39,21 @@ def _draining(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
     return tuple(e for e in endpoints if e.serving and e.terminating)
 
 
-def _topology(endpoints: Iterable[Endpoint], node: Node) -> Callable[[Endpoint], bool]:
-    """The narrowest topology that every ready endpoint is hinted for and one of them serves: node, zone, all.
+def _nearest(ready: list[Endpoint], node: Node) -> list[Endpoint]:
+    """Those in the narrowest topology that every ready endpoint is hinted for and one of them serves: node, zone, all.
 
     One ready endpoint without hints switches them off for all: the controller has not placed it yet, and
     ignoring it would overload the others.
     """
-    ready = [e for e in endpoints if e.ready]
     if not ready or not (ready[0].node_hints or ready[0].zone_hints):
-        return _everywhere
-    if all(e.node_hints for e in ready) and any(node.name in e.node_hints for e in ready):
-        return lambda e: node.name in e.node_hints
-    if node.zone and all(e.zone_hints for e in ready) and any(node.zone in e.zone_hints for e in ready):
-        return lambda e: node.zone in e.zone_hints
-    return _everywhere
-
-
-def _everywhere(endpoint: Endpoint) -> bool:
-    return True
+        return ready
+    for here, hinted in (
+        (node.name, [e.node_hints for e in ready]),
+        (node.zone, [e.zone_hints for e in ready]),
+    ):
+        if here and all(hinted) and any(here in hints for hints in hinted):
+            return [e for e, hints in zip(ready, hinted, strict=True) if here in hints]
+    return ready
 
 
 def _merge(cluster: tuple[Endpoint, ...], local: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:

@@ -22,6 +22,9 @@ class Problems:
     def __init__(self) -> None:
         self._standing: dict[tuple[Hashable, Ref], tuple[Problem, ...]] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._standing)
+
     def __iter__(self) -> Iterator[Problem]:
         return (problem for problems in self._standing.values() for problem in problems)
 
@@ -32,10 +35,6 @@ class Problems:
         for problem in batch.problems:
             stated.setdefault(problem.ref, []).append(problem)
         return _join(self.state("source", ref, found) for ref, found in stated.items())
-
-    def stand(self, finder: Hashable, ref: Ref) -> bool:
-        """Whether `finder` has found any with `ref`."""
-        return (finder, ref) in self._standing
 
     def state(self, finder: Hashable, ref: Ref, found: Iterable[Problem]) -> News:
         """From now on `finder` finds just these problems with `ref`."""

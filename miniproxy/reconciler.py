@@ -83,7 +83,6 @@ class Reconciler:
         for key, obj in after.items():
             if key not in before:
                 self._claim(key, obj, owner)
-                self._compare(key, owner)
             elif before[key] != obj and self._owner[key] == owner:
                 self._desired[key] = obj
                 self._compare(key, owner)
@@ -92,12 +91,14 @@ class Reconciler:
         if key not in self._owner:
             self._owner[key] = owner
             self._desired[key] = obj
+            self._note(key, obj == self._applied.get(key), owner)
             return
         rivals = self._rivals.setdefault(key, [self._owner[key]])
         rivals.append(owner)
         # The frame first, then the smallest name: who wins a conflict must not depend on who came first.
         rivals.sort(key=lambda o: (o is not None, o or ()))
         self._give(key, rivals[0])
+        self._compare(key, owner)
 
     def _disclaim(self, key: Hashable, owner: Owner) -> None:
         rivals = self._rivals.get(key)
@@ -115,10 +116,14 @@ class Reconciler:
 
     def _compare(self, key: Hashable, owner: Owner) -> None:
         """Note whether a key is as it should be; `owner` answers for it where nobody wants it any more."""
-        if self._desired.get(key) == self._applied.get(key):
+        right = self._desired.get(key) == self._applied.get(key)
+        self._note(key, right, self._owner.get(key, owner))
+
+    def _note(self, key: Hashable, right: bool, owner: Owner) -> None:
+        if right:
             self._dirty.pop(key, None)
         else:
-            self._dirty[key] = self._owner.get(key, owner)
+            self._dirty[key] = owner
 
     # -- what is
 

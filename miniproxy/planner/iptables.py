@@ -140,7 +140,7 @@ IptablesObject = Chain | DispatchChain | DispatchRule | Hooks
 
 def plan(port: ServicePort, serving: Serving, settings: Settings, node: Node) -> tuple[IptablesObject, ...]:
     """Everything one service port needs in its family."""
-    return tuple(_ServicePlan(port, serving, settings, node).objects())
+    return _ServicePlan(port, serving, settings, node).objects()
 
 
 class _ServicePlan:
@@ -166,24 +166,20 @@ class _ServicePlan:
         self.has_external = bool(serving.local) if port.external_local else serving.any
         self.guarded = serving.any and bool(port.load_balancer_ips and port.source_ranges)
 
-    def objects(self) -> Iterator[IptablesObject]:
-        yield from self.dispatch()
-        if not self.serving.any:
-            return
+    def objects(self) -> tuple[IptablesObject, ...]:
+        serving = self.serving
+        if not serving.any:
+            return tuple(self.dispatch())
+        chains = []
         if self.port.externally_accessible:
-            yield Chain("nat", self.external_chain, tuple(self.external_rules()))
+            chains.append(Chain("nat", self.external_chain, tuple(self.external_rules())))
         if self.guarded:
-            yield Chain("nat", self.firewall_chain, tuple(self.firewall_rules()))
-        for chain, endpoints in self.balanced():
-            first = self.internal_masquerade() if chain == self.internal_chain else ()
-            yield Chain("nat", chain, (*first, *self.balance(endpoints)))
-        yield from self.endpoint_chains()
-
-    def balanced(self) -> Iterator[tuple[str, tuple[Endpoint, ...]]]:
-        if self.port.uses_cluster_endpoints and self.serving.cluster:
-            yield self.cluster_chain, self.serving.cluster
-        if self.port.uses_local_endpoints and self.serving.local:
-            yield self.local_chain, self.serving.local
+            chains.append(Chain("nat", self.firewall_chain, tuple(self.firewall_rules())))
+        if serving.cluster:
+            chains.append(self.balancing(self.cluster_chain, serving.cluster))
+        if serving.local:
+            chains.append(self.balancing(self.local_chain, serving.local))
+        return (*self.dispatch(), *chains, *self.endpoint_chains())
 
     # -- dispatch: which chain takes which traffic
 
@@ -253,10 +249,10 @@ class _ServicePlan:
 
     # -- the service's own chains
 
-    def internal_masquerade(self) -> tuple[str, ...]:
+    def internal_masquerade(self) -> list[str]:
         """Traffic to the cluster IP from outside the pod network has to come back through this node."""
         if not self.has_internal:
-            return ()
+            return []
         port, settings = self.port, self.settings
         match = (
             f'-p {self.proto} -m comment --comment "{self.text} cluster IP" '
@@ -265,10 +261,10 @@ class _ServicePlan:
         destination = f"-d {host(port.cluster_ip)}"
         outside = pod_sources(settings, port.family, self.node, inside=False)
         if settings.masquerade_all:
-            return (f"{destination} {match}",)
+            return [f"{destination} {match}"]
         if outside.startswith("! -i"):  # iptables-save prints interfaces behind addresses
-            return (f"{destination} {outside} {match}",)
-        return (f"{outside} {destination} {match}",) if outside else ()
+            return [f"{destination} {outside} {match}"]
+        return [f"{outside} {destination} {match}"] if outside else []
 
     def external_rules(self) -> Iterator[str]:
         what = f"{self.text} external destinations"
@@ -298,31 +294,28 @@ class _ServicePlan:
             yield f'-s {source} -m comment --comment "{self.text} loadbalancer IP" -j {self.external_chain}'
         yield (f'-m comment --comment "other traffic to {self.text} will be dropped by {PROXY_FIREWALL}"')
 
-    def balance(self, endpoints: Sequence[Endpoint]) -> Iterator[str]:
+    def balancing(self, name: str, endpoints: Sequence[Endpoint]) -> Chain:
+        rules = self.internal_masquerade() if name == self.internal_chain else []
         texts = self.chains if endpoints is self.serving.reachable else map(str, endpoints)
         chains = [(self.chains[text], self.comment(" -> ", text)) for text in texts]
         if self.port.affinity_seconds:
             for chain, comment in chains:
                 recent = f"--rcheck --seconds {self.port.affinity_seconds} --reap {self.recent(chain)}"
-                yield f"{comment}-m recent {recent} -j {chain}"
+                rules.append(f"{comment}-m recent {recent} -j {chain}")
         left = len(chains)
         for chain, comment in chains:
             random = f"-m statistic --mode random --probability {_probability(left)} " if left > 1 else ""
-            yield f"{comment}{random}-j {chain}"
+            rules.append(f"{comment}{random}-j {chain}")
             left -= 1
+        return Chain("nat", name, tuple(rules))
 
     def endpoint_chains(self) -> Iterator[Chain]:
         proto, comment, affine = self.proto, self.comment(), self.port.affinity_seconds
         for endpoint, (text, chain) in zip(self.serving.reachable, self.chains.items(), strict=True):
+            hairpin = f"-s {host(endpoint.ip)} {comment}-j {MARK_MASQ}"  # a pod that reaches itself
             remember = f"-m recent --set {self.recent(chain)} " if affine else ""
-            yield Chain(
-                "nat",
-                chain,
-                (
-                    f"-s {host(endpoint.ip)} {comment}-j {MARK_MASQ}",  # hairpin: a pod that reaches itself
-                    f"-p {proto} {comment}{remember}-m {proto} -j DNAT --to-destination {text}",
-                ),
-            )
+            translate = f"-p {proto} {comment}{remember}-m {proto} -j DNAT --to-destination {text}"
+            yield Chain("nat", chain, (hairpin, translate))
 
     def comment(self, arrow: str = "", endpoint: str = "") -> str:
         return "" if self.node.many_endpoints else f'-m comment --comment "{self.text}{arrow}{endpoint}" '
