@@ -259,10 +259,11 @@ def _rules(objects: Any) -> dict[str, int]:
     """How many iptables rules objects are, by table."""
     count: dict[str, int] = {"filter": 0, "nat": 0}
     for obj in objects:
-        if isinstance(obj, DispatchRule):
-            count[obj.table] += 1
-        elif isinstance(obj, DispatchChain):
-            count[obj.table] += len(obj.tail)
-        elif isinstance(obj, Chain | Hooks):
-            count[obj.table] += len(obj.rules)
+        match obj:
+            case Chain() | Hooks():
+                count[obj.table] += len(obj.rules)
+            case DispatchRule():
+                count[obj.table] += 1
+            case DispatchChain():
+                count[obj.table] += len(obj.tail)
     return count

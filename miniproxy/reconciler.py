@@ -196,7 +196,7 @@ class Reconciler:
     def _by_owner(self) -> dict[Owner, list[Hashable]]:
         by_owner: dict[Owner, list[Hashable]] = {}
         for key, owner in self._dirty.items():
-            if owner not in self.aside:
+            if not self.aside or owner not in self.aside:
                 by_owner.setdefault(owner, []).append(key)
         return by_owner
 
@@ -217,12 +217,12 @@ class Reconciler:
             self._bisect(list(groups), error, run)
             return
         run.transactions.append(transaction)
-        for key, _, after in changes:
-            if after is None:
-                self._applied.pop(key, None)
+        for change in changes:
+            if change.after is None:
+                self._applied.pop(change.key, None)
             else:
-                self._applied[key] = after
-            del self._dirty[key]
+                self._applied[change.key] = change.after
+            del self._dirty[change.key]
 
     def _bisect(self, owners: list[Owner], error: TransactionError, run: _Run) -> None:
         # What spans tables is not atomic: the first may be in the kernel already, so look.
@@ -250,7 +250,7 @@ class Reconciler:
 def _urgency(owner: Owner) -> int:
     if owner is None:
         return 0
-    if owner[:2] == ("default", "kubernetes"):
+    if owner.name == "kubernetes" and owner.namespace == "default":
         return 1
     return 3 if owner == _STALE else 2
 

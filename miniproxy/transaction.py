@@ -7,7 +7,9 @@ A transaction is data: it prints as the text that would be sent, so `plan` and a
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
+
+import msgspec
 
 Key = Hashable
 
@@ -19,7 +21,7 @@ class KernelObject(Protocol):
     def key(self) -> Any: ...
 
 
-class Change(NamedTuple):
+class Change(msgspec.Struct, frozen=True, gc=False):
     """One object's step: `before` is what the kernel holds (None: nothing), `after` what it should."""
 
     key: Any

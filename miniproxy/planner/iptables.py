@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import NamedTuple
 
+import msgspec
+
 from ..config import Settings
 from ..model import Endpoint, Family, Node, ServicePort
 from ..policy import Serving
@@ -63,7 +65,7 @@ LAYOUT = Layout(
 )
 
 
-class Chain(NamedTuple):
+class Chain(msgspec.Struct, frozen=True, gc=False):
     """A chain with all its rules, in order; `rules` are iptables-save lines without "-A CHAIN "."""
 
     table: str
@@ -80,7 +82,7 @@ class Chain(NamedTuple):
         return [start + rule for rule in self.rules]
 
 
-class DispatchChain(NamedTuple):
+class DispatchChain(msgspec.Struct, frozen=True, gc=False):
     """A chain that holds DispatchRules of many services in any order, and then the rules of `tail`."""
 
     table: str
@@ -98,7 +100,7 @@ class DispatchChain(NamedTuple):
         return [f"-D {self.name} {rule}" for rule in self.tail]
 
 
-class DispatchRule(NamedTuple):
+class DispatchRule(msgspec.Struct, frozen=True, gc=False):
     """One service's rule in a DispatchChain. `claim` is the traffic it takes, which only one can have."""
 
     table: str
@@ -117,7 +119,7 @@ class DispatchRule(NamedTuple):
         return [f"-D {self.chain} {self.rule}"]
 
 
-class Hooks(NamedTuple):
+class Hooks(msgspec.Struct, frozen=True, gc=False):
     """Our jumps from a built-in chain, in this order, at its head when they have to be put there."""
 
     table: str

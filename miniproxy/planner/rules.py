@@ -60,14 +60,14 @@ def render(changes: Sequence[Change]) -> Transaction:
 
 def _table(table: str, changes: Sequence[Change]) -> Iterator[str]:
     # Naming a chain makes it, or empties it: with its rules go its references to chains that are to be dropped.
-    emptied = {change.key[2] for change in changes if change.key[0] == "chain" and _empties(change)}
-    dropped = sorted(key[2] for key, _, after in changes if after is None and key[0] == "chain")
+    emptied = {c.key[2] for c in changes if c.key[0] == "chain" and _empties(c)}
+    dropped = sorted(c.key[2] for c in changes if c.after is None and c.key[0] == "chain")
     # Downwards: both variants keep chains in a sorted list and look for a new one's place from its front, so this
     # saves a fifth of the tool's time.
     yield _piece([f"*{table}", *(f":{name} - [0:0]" for name in sorted(emptied, reverse=True))])
     # The key's third part is the chain, whatever the object.
-    yield from _lines(b.removed() for key, b, _ in changes if b is not None and key[2] not in emptied)
-    yield from _lines(after.added() for _, _, after in changes if after is not None)
+    yield from _lines(c.before.removed() for c in changes if c.before is not None and c.key[2] not in emptied)
+    yield from _lines(c.after.added() for c in changes if c.after is not None)
     yield _piece([*(f"-X {name}" for name in dropped), "COMMIT"])
 
 
