@@ -1,7 +1,7 @@
 """Tells when something in some directories changes: by inotify where the kernel has it, else by the clock.
 
-It answers for waking up in time and nothing else: what changed is found by looking at the files, so a lost or
-superfluous wake-up costs time, never truth.
+It answers for waking up in time and for where to look first: what changed is found by looking at the files, and at all
+of them now and then, so a lost or superfluous wake-up costs time, never truth.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ STALLED_SECONDS = 0.5  # a writer that pauses for so long is taken to be done, a
 _MODIFY, _ATTRIB, _CLOSE_WRITE = 0x2, 0x4, 0x8
 _MOVED_FROM, _MOVED_TO, _CREATE, _DELETE = 0x40, 0x80, 0x100, 0x200
 _DELETE_SELF, _MOVE_SELF, _ONLYDIR = 0x400, 0x800, 0x01000000
+_OVERFLOW, _IGNORED, _ISDIR = 0x4000, 0x8000, 0x40000000
 _MASK = _MODIFY | _ATTRIB | _CLOSE_WRITE | _MOVED_FROM | _MOVED_TO | _CREATE | _DELETE | _DELETE_SELF | _MOVE_SELF
 _HEADER = struct.Struct("iIII")  # wd, mask, cookie, length of the name that follows
 
@@ -39,6 +40,10 @@ class Watcher(Protocol):
 
     def wait(self, seconds: float) -> bool:
         """Whether something happened, at once when it did, else after that time."""
+
+    def changed(self) -> set[str] | None:
+        """In which places something happened since the last call; None: it may be more than places in folders."""
+        ...
 
     def settle(self, quiet: float, limit: float) -> None:
         """Wait until `quiet` seconds pass without an event; `limit` at most."""
@@ -79,6 +84,9 @@ class Polling:
         self._next = time.monotonic() + POLL_SECONDS
         return True
 
+    def changed(self) -> set[str] | None:
+        return None
+
     def settle(self, quiet: float, limit: float) -> None:
         self._stop.wait(quiet)
 
@@ -97,6 +105,8 @@ class Inotify:
         self._fd = fd
         self._watched: dict[str, int] = {}
         self._written: dict[tuple[int, bytes], float] = {}  # (directory, name) not closed → last write
+        self._changed: set[tuple[int, bytes]] = set()
+        self._lost = False  # something happened that no name says all about
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
 
@@ -139,10 +149,23 @@ class Inotify:
             wd, mask, _, length = _HEADER.unpack_from(data, at)
             name = data[at + _HEADER.size : at + _HEADER.size + length].rstrip(b"\0")
             at += _HEADER.size + length
+            if name and not mask & (_OVERFLOW | _ISDIR):
+                self._changed.add((wd, name))
+            elif not mask & _IGNORED:  # that one only says that we have stopped watching
+                self._lost = True
             if mask & (_CLOSE_WRITE | _DELETE | _MOVED_FROM):
                 self._written.pop((wd, name), None)
             elif mask & _MODIFY:
                 self._written[wd, name] = time.monotonic()
+
+    def changed(self) -> set[str] | None:
+        changed, lost = self._changed, self._lost
+        self._changed, self._lost = set(), False
+        paths = {wd: path for path, wd in self._watched.items()}
+        # Of a directory with two paths, events tell only one.
+        if lost or len(paths) < len(self._watched):
+            return None
+        return {os.path.join(paths[wd], os.fsdecode(name)) for wd, name in changed if wd in paths}
 
     def settle(self, quiet: float, limit: float) -> None:
         end = time.monotonic() + limit

@@ -56,43 +56,47 @@ class ManifestSource:
         """Block until `stop` is set. The first Batch with synced=True comes when the folder has been read."""
         files = _Files(self.folder)
         index = _Index()
-        synced = False
+        synced = woken = False
         watch = watcher(stop)
         try:
             while not stop.is_set():
-                seen = self._read(files, index, watch)
+                seen = self._read(files, index, watch, everything=not woken)
                 batch = index.changes(synced=seen and not synced)
                 synced = synced or seen
                 if batch != Batch():
                     deliver(batch)
                 # Nothing tells when a missing folder appears, or a link on the way to it is moved.
                 direct = seen and os.path.realpath(self.folder) == os.path.abspath(self.folder)
-                calm = direct and not watch.half_written()
-                self._sleep(watch, stop, RESCAN_SECONDS if calm else POLL_SECONDS)
+                calm = direct and not files.disturbed and not watch.half_written()
+                woken = self._sleep(watch, stop, RESCAN_SECONDS if calm else POLL_SECONDS)
         finally:
             watch.close()
 
-    def _read(self, files: _Files, index: _Index, watch: Watcher) -> bool:
-        """Bring the index up to date with the folder; whether there is one.
+    def _read(self, files: _Files, index: _Index, watch: Watcher, *, everything: bool) -> bool:
+        """Bring the index up to date with the folder, `everything` of it or what has changed; whether there is one.
 
         Looks again when something changed meanwhile: half of one state and half of the next could show an
         object as gone that has only moved to another file.
         """
         for _ in range(5):
-            seen = files.scan(index, watch)
-            if not watch.wait(0) and not files.disturbed:
+            changed = watch.changed()
+            glanced = changed is not None and not everything and files.glance(changed, index, watch)
+            seen = glanced or files.scan(index, watch)
+            files.disturbed = watch.wait(0) or files.disturbed
+            if not files.disturbed:
                 break
             watch.settle(SETTLE_SECONDS, SETTLE_LIMIT_SECONDS)
         return seen
 
     @staticmethod
-    def _sleep(watch: Watcher, stop: Event, seconds: float) -> None:
-        """Until something changed and has settled, or the time is over."""
+    def _sleep(watch: Watcher, stop: Event, seconds: float) -> bool:
+        """Until something changed and has settled (True), or the time is over."""
         end = time.monotonic() + seconds
         while not stop.is_set() and (left := end - time.monotonic()) > 0:
             if watch.wait(min(left, STOP_SECONDS)):
                 watch.settle(SETTLE_SECONDS, SETTLE_LIMIT_SECONDS)
-                return
+                return True
+        return False
 
 
 # --- what the objects are ---------------------------------------------------------------------------------
@@ -224,6 +228,7 @@ class _Files:
         self._folder = folder
         self._known: dict[str, Signature] = {}  # () never matches: to be read again
         self._unreadable: set[str] = set()
+        self._plain = False  # the last scan met no link
         self._begun = False
         self.disturbed = False  # something changed while the last scan was under way
 
@@ -236,10 +241,9 @@ class _Files:
             index.report(self._folder, [_FileProblem(0, "", reason)])
             return False
         index.report(self._folder, ())
+        self._plain = not tree.links and os.path.realpath(self._folder) == os.path.abspath(self._folder)
         for path in [path for path in self._known if not tree.holds(path)]:
-            del self._known[path]
-            index.put(path, [])
-            index.report(path, ())
+            self._forget(path, index)
         for path, signature in sorted(tree.files.items()):
             if not signature or signature != self._known.get(path) or path in self._unreadable:
                 self._known[path] = self._load(path, index, watch)
@@ -250,6 +254,36 @@ class _Files:
             index.report(path, [_FileProblem(0, "", reason)])
         self._unreadable = set(tree.unreadable)
         return True
+
+    def glance(self, paths: Iterable[str], index: _Index, watch: Watcher) -> bool:
+        """The same for changes in these places, whatever else the folder holds; False when that takes a scan: through
+        a link, one name says nothing about which files have changed.
+        """
+        self.disturbed = False
+        found: dict[str, bool] = {}  # whether it is there
+        for path in paths:
+            try:
+                mode = os.lstat(path).st_mode
+            except FileNotFoundError:
+                mode = 0
+            except OSError:
+                return False
+            if not self._plain or path in self._unreadable or (mode and not stat.S_ISREG(mode)):
+                return False
+            if path.endswith(SUFFIXES) and not os.path.basename(path).startswith("."):
+                found[path] = bool(mode)
+        for path in sorted(found):
+            if not found[path] and path in self._known:
+                self._forget(path, index)
+        for path in sorted(found):
+            if found[path]:
+                self._known[path] = self._load(path, index, watch)
+        return True
+
+    def _forget(self, path: str, index: _Index) -> None:
+        del self._known[path]
+        index.put(path, [])
+        index.report(path, ())
 
     def _load(self, path: str, index: _Index, watch: Watcher) -> Signature:
         """Read a file into the index, or say what is wrong with it and leave its entries as they are."""
@@ -333,6 +367,7 @@ class _Tree(NamedTuple):
 
     files: dict[str, Signature]
     unreadable: dict[str, str]  # file or folder → why
+    links: set[str]  # files and folders behind symbolic links
 
     def holds(self, path: str) -> bool:
         """Whether a file is there, or may be as far as one can see."""
@@ -343,7 +378,7 @@ class _Tree(NamedTuple):
     @staticmethod
     def of(folder: str, watch: Watcher) -> _Tree | None:
         """Walk it and watch all of it; None if there is no such folder."""
-        tree = _Tree({}, {})
+        tree = _Tree({}, {}, set())
         watched: set[str] = set()
         walked: set[tuple[int, int]] = set()  # a link may lead back up
         waiting = [folder]
@@ -373,6 +408,7 @@ class _Tree(NamedTuple):
         """Note a file; say whether it is a folder to walk."""
         try:
             if os.path.islink(path):
+                self.links.add(path)
                 target = os.path.dirname(os.path.realpath(path))
                 watched.add(target)
                 watch.watch(target)  # where an edit of the file itself shows

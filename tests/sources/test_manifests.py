@@ -528,3 +528,98 @@ def test_a_file_that_is_written_slowly_is_read_when_it_is_whole(
         running.until(lambda: running.port("b") == 90 and running.port("a") == 90)
     assert ref("b") not in [gone for batch in running.batches for gone in batch.deletes]
     assert running.everything_said() == []
+
+
+# --- what a change costs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every walk through the whole folder; none is due for as long as the test takes."""
+    walked: list[str] = []
+    walk = manifests._Tree.of
+
+    def noted(folder: str, watch: inotify.Watcher) -> manifests._Tree | None:
+        walked.append(folder)
+        return walk(folder, watch)
+
+    monkeypatch.setattr(manifests._Tree, "of", noted)
+    monkeypatch.setattr(manifests, "RESCAN_SECONDS", 600.0)
+    return walked
+
+
+def test_a_change_looks_at_no_other_file(tmp_path: Path, scans: list[str]) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.yaml").write_text(text(web(f"w{number}")))
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.yaml").write_text(text(web("a")))
+    with Watched(tmp_path) as running:
+        running.until_synced()
+        running.fence()  # whatever the files' making still had to say
+        before = len(scans)
+        (tmp_path / "3.yaml").write_text(text(web("w3", 81)))
+        running.until(lambda: running.port("w3") == 81)
+        replace(tmp_path / "more" / "a.yaml", text(web("a", 82)))
+        running.until(lambda: running.port("a") == 82)
+        (tmp_path / "20.yaml").write_text(text(web("w20")))
+        running.until(lambda: running.port("w20") == 80)
+        (tmp_path / "7.yaml").unlink()
+        running.until(lambda: running.port("w7") == 0)
+        (tmp_path / "8.yaml").rename(tmp_path / "more" / "8.yaml")
+        (tmp_path / "9.yaml").write_text("a: b: c\n")
+        running.until(lambda: running.about(tmp_path / "9.yaml"))
+        (tmp_path / "9.yaml").write_text(text(web("w9", 83)))
+        running.until(lambda: running.port("w9") == 83)
+        assert not running.about(tmp_path / "9.yaml")
+        assert running.port("w8") == 80
+        assert scans[before:] == []
+        assert ref("w8") not in [gone for batch in running.batches for gone in batch.deletes]
+
+
+@pytest.mark.parametrize("what", ["folder", "link to a file", "link to a folder"])
+def test_what_is_more_than_a_file_has_everything_looked_at(tmp_path: Path, scans: list[str], what: str) -> None:
+    folder, aside = tmp_path / "manifests", tmp_path / "aside"
+    for path in (folder, aside):
+        path.mkdir()
+    (aside / "a.yaml").write_text(text(web("a")))
+    with Watched(folder) as running:
+        running.until_synced()
+        match what:
+            case "folder":
+                aside.rename(folder / "new")
+            case "link to a file":
+                (folder / "new.yaml").symlink_to(aside / "a.yaml")
+            case _:
+                (folder / "new").symlink_to(aside)
+        running.until(lambda: running.port("a") == 80)
+        place = folder / "new" if what == "folder" else aside
+        (place / "a.yaml").write_text(text(web("a", 81)))
+        running.until(lambda: running.port("a") == 81)
+        if what == "link to a file":
+            (folder / "new.yaml").unlink()
+        else:
+            (folder / "new").rename(tmp_path / "away")
+        running.until(lambda: running.port("a") == 0)
+
+
+def test_an_event_that_was_lost_has_everything_looked_at(tmp_path: Path, scans: list[str]) -> None:
+    """The kernel keeps 16,384 events (fs.inotify.max_queued_events), and says when there were more."""
+    watch = inotify.Inotify.open()
+    try:
+        watch.watch(str(tmp_path))
+        assert watch.changed() == set()
+        (tmp_path / "a.yaml").write_text("")
+        assert watch.wait(10)
+        assert watch.changed() == {str(tmp_path / "a.yaml")}
+        limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+        for number in range(limit // 2 + 1):  # alternating, or the kernel makes one event of equal ones
+            os.utime(tmp_path / "a.yaml")
+            os.utime(tmp_path)
+            (tmp_path / f"{number % 2}").touch()
+            (tmp_path / f"{number % 2}").unlink()
+        while watch.wait(0):
+            pass
+        assert watch.changed() is None
+        assert watch.changed() == set()
+    finally:
+        watch.close()
