@@ -188,14 +188,22 @@ class Agent:
             self._state(family, name, ())
             self._note_flows(key, None, Serving())
             self._observer.planned(key, None, Serving())
-            return
-        port, reservations = self._review(port)
-        serving = categorize(port, endpoints, self.tracker.node)
-        self._note_flows(key, port, serving)
-        self._observer.planned(key, port, serving)
-        reconciler.set(name, self.planner.plan(port, serving, self.settings, self._nodes[family]))
+        else:
+            port, reservations = self._review(port)
+            serving = categorize(port, endpoints, self.tracker.node)
+            self._note_flows(key, port, serving)
+            self._observer.planned(key, port, serving)
+            reconciler.set(name, self.planner.plan(port, serving, self.settings, self._nodes[family]))
+            self._judge(family, name, reservations)
+        for other in reconciler.take_contested():
+            rival = self.tracker.port((other, family))
+            if rival and other != name and other not in reconciler.aside:
+                self._judge(family, other, self._review(rival)[1])
+
+    def _judge(self, family: Family, name: ServicePortName, reservations: Sequence[str]) -> None:
+        """State what a service port does not get of what it asks for."""
         # The ports of one Service share its health check port; that is no conflict.
-        conflicts = [(k, w) for k, w in reconciler.conflicts(name) if w is None or w[:2] != name[:2]]
+        conflicts = [(k, w) for k, w in self.reconcilers[family].conflicts(name) if w is None or w[:2] != name[:2]]
         reasons = [f"{_traffic(k)} belongs to {winner}" for k, winner in conflicts]
         self._state(family, name, [*reasons, *reservations], "Conflict" if reasons else "Refused")
 

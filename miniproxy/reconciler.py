@@ -7,7 +7,7 @@ the number of services, and nothing that is right is ever written again.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ class Reconciler:
         self._wanted: dict[Owner, tuple[Any, ...]] = {}
         self._owner: dict[Hashable, Owner] = {}  # who has a key
         self._rivals: dict[Hashable, list[Owner]] = {}  # all who want it, its owner first, where there are several
+        self._contested: dict[Owner, None] = {}  # who wants a key whose rivals are others than before
         self._desired: dict[Hashable, Any] = {}  # what owners want
         self._applied: dict[Hashable, Any] = {}
         self._dirty: dict[Hashable, Owner] = {}  # where the two differ, in the order found, and whose it is
@@ -72,6 +73,13 @@ class Reconciler:
                 found.append((key, self._owner[key]))
         return sorted(found, key=str)
 
+    def take_contested(self) -> Sequence[ServicePortName]:
+        """The service ports whose conflicts may be others than at the last call."""
+        if not self._contested:
+            return ()
+        contested, self._contested = self._contested, {}
+        return [owner for owner in contested if owner is not None]
+
     def _want(self, owner: Owner, objects: Iterable[Any]) -> None:
         before = {obj.key: obj for obj in self._wanted.pop(owner, ())}
         after = {obj.key: obj for obj in objects}
@@ -85,6 +93,7 @@ class Reconciler:
                 self._claim(key, obj, owner)
             elif before[key] != obj and self._owner[key] == owner:
                 self._desired[key] = obj
+                self._contested.update(dict.fromkeys(self._rivals.get(key, ())))
                 self._compare(key, owner)
 
     def _claim(self, key: Hashable, obj: Any, owner: Owner) -> None:
@@ -97,6 +106,7 @@ class Reconciler:
         rivals.append(owner)
         # The frame first, then the smallest name: who wins a conflict must not depend on who came first.
         rivals.sort(key=lambda o: (o is not None, o or ()))
+        self._contested.update(dict.fromkeys(rivals))
         self._give(key, rivals[0])
         self._compare(key, owner)
 
@@ -106,6 +116,7 @@ class Reconciler:
             del self._owner[key], self._desired[key]
             return
         rivals.remove(owner)
+        self._contested.update(dict.fromkeys(rivals))
         self._give(key, rivals[0])
         if len(rivals) == 1:
             del self._rivals[key]
@@ -158,6 +169,11 @@ class Reconciler:
     def pending(self) -> int:
         """How many objects are not as they should be."""
         return len(self._dirty)
+
+    def differing(self) -> dict[str, int]:
+        """How many objects are not as they should be, by whose they are: a service port, the frame, or nobody."""
+        names = {None: "the frame", _STALE: "nobody"}
+        return {names.get(owner, str(owner)): len(keys) for owner, keys in self._by_owner().items()}
 
     # -- from what is to what should be
 

@@ -10,9 +10,10 @@ import pytest
 
 from miniproxy.agent import Agent
 from miniproxy.config import Settings
-from miniproxy.model import Batch, Family, ServicePort
+from miniproxy.model import Batch, Family, Service, ServicePort
 from miniproxy.planner import iptables
 from miniproxy.policy import Serving
+from miniproxy.problems import News
 from miniproxy.transaction import TransactionError
 from tests import cluster
 from tests.fake_iptables import FakeIptables
@@ -143,3 +144,37 @@ def test_endpoints_are_counted_once_however_many_slices_repeat_them() -> None:
     agent.handle(Batch((cluster.service(1), one, msgspec.structs.replace(one, name="another")), synced=True))
     agent.sync()
     assert commented(kernel) == [6, 0]
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_who_loses_a_conflict_is_told_whoever_came_first(order: tuple[int, int]) -> None:
+    said: list[str] = []
+
+    def announce(news: News) -> None:
+        said.extend(f"+{problem}" for problem in news.appeared)
+        said.extend(f"-{problem}" for problem in news.over)
+
+    agent = Agent(Settings(node_name="n1"), iptables, {Family.V4: FakeIptables()}, announce=announce)
+    address = cluster.service(1).ports[0].cluster_ip
+    rivals = {n: sharing(n, address) for n in (1, 2)}
+    for number in order:
+        agent.handle(Batch((rivals[number], cluster.endpoints(number, 1)), synced=True))
+        agent.sync()
+    lost = f"Service scale/svc-2: port http (IPv4): traffic to {address} tcp 80 belongs to scale/svc-1:http"
+    assert said == [f"+{lost}"]
+    agent.handle(Batch((cluster.endpoints(1, 0),)))  # now svc-1 refuses, which takes no rule in table nat
+    agent.sync()
+    agent.handle(Batch((cluster.endpoints(1, 1),)))
+    agent.sync()
+    assert said[-1] == f"+{lost}"
+    agent.handle(Batch(deletes=(rivals[1].ref,)))
+    agent.sync()
+    assert said[-1] == f"-{lost}"
+    assert not agent.problems
+
+
+def sharing(number: int, address: str) -> Service:
+    """A Service that asks for this address, whoever has it."""
+    made = cluster.service(number)
+    ports = tuple(msgspec.structs.replace(port, cluster_ip=address) for port in made.ports)
+    return msgspec.structs.replace(made, ports=ports)
