@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from . import trace
 from .config import Settings
-from .model import Endpoint, Family, Node, PortKey, Protocol, ServicePort
+from .model import Endpoint, Family, Node, PortKey, Problem, Protocol, ServicePort
 from .planner import iptables
 from .policy import Serving, categorize
 from .tracker import Tracker
@@ -40,7 +40,8 @@ def places(tracker: Tracker, *, service: str = "", address: str = "", number: in
 
     Looks at all services.
     """
-    found = [place for port in tracker.ports() for place in _of_port(port, tracker.node)]
+    ports = sorted(tracker.ports(), key=lambda port: (port.name, port.family))
+    found = [place for port in ports for place in _of_port(port, tracker.node)]
     return [
         p
         for p in found
@@ -107,3 +108,25 @@ def walk(
 def packet(place: Place, source: str, interface: str) -> trace.Packet:
     protocol: Protocol = place.port.name.protocol
     return trace.Packet(source, place.address, protocol, place.number, interface)
+
+
+def concerns(problem: Problem, namespace: str, service: str) -> bool:
+    """Whether a problem is one of this Service, or of its slices as controllers name them."""
+    ref = problem.ref
+    named = ref.name == service or (ref.kind == "EndpointSlice" and ref.name.startswith(f"{service}-"))
+    return ref.namespace == namespace and named
+
+
+def sentence(outcome: trace.Outcome) -> str:
+    """What becomes of a packet, in words."""
+    verdicts = {str(v): share for v, share in outcome.verdicts.items()}
+    if "endpoint" in verdicts:
+        seen = {True: "an address of this node (SNAT)", False: "the client's own address"}
+        sees = " or ".join(seen[m] for m in sorted(outcome.masqueraded))
+        shares = ", ".join(f"{e} {share:.0%}" for e, share in outcome.endpoints.items())
+        return f"reaches {shares}; it sees {sees}"
+    if "refused" in verdicts:
+        return "refused: nobody serves this port anywhere"
+    if "dropped" in verdicts:
+        return "dropped in silence"
+    return "is no Service's traffic from there: it goes on as it is"

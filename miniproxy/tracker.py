@@ -76,6 +76,14 @@ class Tracker:
     def ports(self) -> Iterator[ServicePort]:
         return iter(self._ports.values())
 
+    def service(self, namespace: str, name: str) -> Service | None:
+        """A Service as the source has it, also one without ports that a proxy serves."""
+        return self._services.get((namespace, name))
+
+    def slices(self, namespace: str, service: str) -> list[EndpointSlice]:
+        """All slices of a Service."""
+        return list(self._slices_of.get((namespace, service), {}).values())
+
     def service_count(self) -> int:
         return len(self._services)
 

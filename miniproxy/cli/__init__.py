@@ -16,6 +16,7 @@ COMMANDS = {
     "run": ("miniproxy.cli.run:command", "Program this node from a folder of manifests or an API server."),
     "plan": ("miniproxy.cli.plan:command", "Print what would be programmed; needs no root."),
     "explain": ("miniproxy.cli.explain:command", "Why does a Service (not) work? Walks a packet through it."),
+    "doctor": ("miniproxy.cli.doctor:command", "Check this node, its Services, or one of them."),
     "cleanup": (
         "miniproxy.cli.cleanup:command",
         "Remove from the kernel what miniproxy programmed, nothing else.",

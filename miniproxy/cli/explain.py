@@ -41,13 +41,15 @@ def command(loaded: Loaded, target: str, origin: str, interface: str, all_rules:
       miniproxy explain 172.30.0.2:30080 --from 203.0.113.7
       miniproxy explain [fd00:96::10]:80 --json
     """
+    from ..explain import concerns
     from ..model import Family
     from .plan import planned
 
     agent, problems = planned(loaded, list(Family))
-    found = _places(agent, target)
+    found = find_places(agent, target)
     results = [_explain(agent, place, origin, interface) for place in found]
-    about = [p for p in problems if any(_concerns(p, place) for place in found)]
+    services = {place.port.name[:2] for place in found}
+    about = [p for p in problems if any(concerns(p, *service) for service in services)]
     if as_json:
         click.echo(
             json.dumps({"problems": [str(p) for p in about], "connections": list(map(_plain, results))}, indent=2)
@@ -56,20 +58,18 @@ def command(loaded: Loaded, target: str, origin: str, interface: str, all_rules:
         _print(agent, about, results, all_rules)
 
 
-def _concerns(problem: Problem, place: Place) -> bool:
-    namespace, service = place.port.name[:2]
-    named = problem.ref.name == service or (
-        problem.ref.kind == "EndpointSlice" and problem.ref.name.startswith(f"{service}-")
-    )
-    return problem.ref.namespace == namespace and named
-
-
-def _places(agent: Agent, target: str) -> list[Place]:
+def find_places(agent: Agent, target: str) -> list[Place]:
     from ..explain import places
     from ..sources.checks import address
 
     if "/" in target:
         found = places(agent.tracker, service=target)
+        if not found and agent.tracker.service(*target.split("/", 1)):
+            raise Failure(
+                f"Service {target} is none that a service proxy serves",
+                "it is headless, of type ExternalName, or left to another proxy by its label "
+                "service.kubernetes.io/service-proxy-name",
+            )
         if not found:
             raise Failure(
                 f"no Service {target} with a cluster IP is known",
@@ -116,22 +116,6 @@ def _explain(agent: Agent, place: Place, origin: str, interface: str) -> _Result
         raise Failure(f"{place.address}:{place.number} from {origin}: {error}") from None
     candidates = explain.candidates(agent.tracker, (place.port.name, family))
     return _Result(place, candidates, outcome, origin)
-
-
-def _sentence(result: _Result) -> str:
-    """The verdict in words."""
-    outcome = result.outcome
-    verdicts = {str(v): share for v, share in outcome.verdicts.items()}
-    if "endpoint" in verdicts:
-        seen = {True: "an address of this node (SNAT)", False: "the client's own address"}
-        sees = " or ".join(seen[m] for m in sorted(outcome.masqueraded))
-        shares = ", ".join(f"{e} {share:.0%}" for e, share in outcome.endpoints.items())
-        return f"reaches {shares}; it sees {sees}"
-    if "refused" in verdicts:
-        return "refused: nobody serves this port anywhere"
-    if "dropped" in verdicts:
-        return "dropped in silence: see the rule below"
-    return "is no Service's traffic from there: it goes on as it is"
 
 
 def _plain(result: _Result) -> dict[str, Any]:
@@ -199,13 +183,15 @@ def _print_port(result: _Result) -> None:
 
 
 def _print_way(result: _Result, all_rules: bool) -> None:
+    from ..explain import sentence
+
     place = result.place
     address = f"[{place.address}]" if ":" in place.address else place.address
     click.echo(
         f"  {place.kind} {address or '(no address of the node is known)'}:{place.number} from {result.origin}: ",
         nl=False,
     )
-    click.secho(_sentence(result), bold=True)
+    click.secho(sentence(result.outcome), bold=True)
     reached = bool(result.outcome.endpoints)
     for branch in result.outcome.branches if all_rules else result.outcome.branches[: 0 if reached else 1]:
         steps = branch.steps if all_rules else branch.steps[-1:]

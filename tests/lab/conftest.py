@@ -20,15 +20,19 @@ def root() -> None:
         pytest.fail("the lab's tests need root: run them with sudo")
 
 
-@pytest.fixture
-def name() -> str:
+def new_name() -> str:
     """A lab name nobody else has."""
     return f"t{os.getpid()}x{next(_numbers)}"
+
+
+@pytest.fixture
+def name() -> str:
+    return new_name()
 
 
 @pytest.fixture(scope="module", params=["host-gw", "vxlan"])
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """A lab without agents, in both overlays."""
-    spec = LabSpec(name=f"t{os.getpid()}y{next(_numbers)}", pods_per_node=2, overlay=request.param)
+    spec = LabSpec(name=new_name(), pods_per_node=2, overlay=request.param)
     with Lab(spec) as built:
         yield built

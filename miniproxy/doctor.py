@@ -1,0 +1,341 @@
+"""The checks a person makes when a Service does not work, in her order. Reads and connects; changes nothing.
+
+`node` looks at what all Services need, `services` at what is wrong with any, `service` at one of them from its slices
+to a connection. What is known of the cluster comes from an agent that has planned and writes nothing.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, NamedTuple
+
+from . import explain
+from .agent import Agent
+from .explain import Place
+from .kernel import inspection, sysctl
+from .kernel.iptables import Variant
+from .kernel.links import local_addresses
+from .model import Endpoint, Family, PortKey, Problem, ServicePort
+from .policy import categorize
+from .trace import TraceError
+from .transaction import TransactionError
+
+State = Literal["fine", "note", "wrong"]
+
+_FULL = 0.9  # of conntrack's table: new connections are dropped when there is no place
+_CATCH_UP = 1.0  # seconds an agent that runs gets for what it has not written yet
+_PATIENCE = 2.0  # seconds for an answer; a SYN is sent again after one
+_MOST = 8  # endpoints that are connected to, names in a list
+
+
+class Finding(NamedTuple):
+    """What one check came to."""
+
+    state: State  # "note": may be meant so
+    about: str
+    seen: str
+    advice: str = ""  # what to do about it
+
+
+class Doctor:
+    """`problems` are those that came up when `agent` planned; `variant` is of iptables, None if the mode has none."""
+
+    def __init__(
+        self, agent: Agent, problems: Sequence[Problem], variant: Variant | None, *, connecting: bool = True
+    ) -> None:
+        self.agent = agent
+        self.tracker = agent.tracker
+        self.settings = agent.settings
+        self._problems = problems
+        self._variant = variant
+        self._connecting = connecting
+        self._families = list(agent.reconcilers)
+        self._differing: dict[Family, dict[str, int]] = {}
+
+    # -- the node
+
+    def node(self) -> Iterator[Finding]:
+        """What every Service on this node depends on."""
+        yield from self._agent()
+        yield from self._own_node()
+        yield from self._kernel()
+        saved = inspection.rulesets(self._families)
+        yield from self._others(saved)
+        yield from self._forwarding(saved)
+        yield from self._connections()
+
+    def _agent(self) -> Iterator[Finding]:
+        about = "the agent"
+        where = self.settings.healthz_bind_address
+        if not where:
+            yield Finding("note", about, "serves no health: healthzBindAddress is empty")
+            return
+        answer = _ask(where, "/healthz")
+        if answer is None:
+            advice = "start one (miniproxy run); in a cluster, see why its pod on this node does not run"
+            yield Finding("wrong", about, f"no service proxy answers at {where}: the kernel keeps what it has", advice)
+            return
+        status, body = answer
+        mode = (_ask(self.settings.metrics_bind_address, "/proxyMode") or (0, ""))[1]
+        if status != http.HTTPStatus.OK:
+            yield Finding("wrong", about, f"is not healthy: {body}", "its log says what it cannot read or write")
+        elif mode and mode != self.settings.mode:
+            advice = f"say --proxy-mode {mode}, or --config with the agent's file"
+            yield Finding("wrong", about, f"runs in mode {mode}, and this looks for {self.settings.mode}", advice)
+        else:
+            yield Finding("fine", about, f"is healthy, its last word is of {_updated(body)}{mode and f', mode {mode}'}")
+
+    def _own_node(self) -> Iterator[Finding]:
+        node = self.tracker.node
+        about = f"node {node.name}"
+        if not node.ips:
+            known = "no Node object of this name has an address: NodePorts and policy Local cannot work"
+            yield Finding("wrong", about, known, "say --hostname-override as the Node object is named")
+            return
+        mine = {ip for family in Family for ip in local_addresses(family)}
+        strange = [ip for ip in node.ips if ip not in mine]
+        if strange:
+            advice = "run this on the node itself, or name the node with --hostname-override"
+            yield Finding(
+                "wrong", about, f"has no link with the address {' '.join(strange)} of its Node object", advice
+            )
+        else:
+            yield Finding("fine", about, f"has the addresses of its Node object: {' '.join(node.ips)}")
+
+    def _kernel(self) -> Iterator[Finding]:
+        for family in self._families:
+            about = f"the kernel, {family}"
+            try:
+                differing = self.differing(family)
+            except TransactionError as error:
+                yield Finding("note", about, f"cannot be read: {error}", "it takes root: try again with sudo")
+                continue
+            if differing:
+                count = sum(differing.values())
+                seen = f"{count} objects are not as planned: {_named(f'{who} ({n})' for who, n in differing.items())}"
+                advice = "miniproxy plan --diff shows them; a healthy agent repairs them at its next check"
+                yield Finding("wrong", about, seen, advice)
+            else:
+                count = len(self.agent.reconcilers[family].desired)
+                yield Finding("fine", about, f"holds what is planned, {count} objects")
+
+    def differing(self, family: Family) -> dict[str, int]:
+        """Objects that are not as planned, by the service port they belong to. Raises TransactionError."""
+        if family not in self._differing:
+            reconciler = self.agent.reconcilers[family]
+            if reconciler.adopt():
+                time.sleep(_CATCH_UP)
+                reconciler.adopt()
+            self._differing[family] = reconciler.differing()
+        return self._differing[family]
+
+    def _others(self, saved: dict[str, str]) -> Iterator[Finding]:
+        mode = self.settings.mode
+        found = inspection.traces(self._families, saved)
+        names = [f"{n} rules in {name}" for name, n in found.chains.items() if not name.endswith(f"-{self._variant}")]
+        names += [f"table {t}" for t in found.tables if not (mode == "nftables" and t.endswith(" miniproxy"))]
+        names += found.ipvs if mode != "ipvs" else []
+        if names:
+            advice = "if no other service proxy runs here, a start of the agent removes what other modes have left"
+            yield Finding("wrong", "other service proxies", f"also here: {', '.join(names)}", advice)
+        else:
+            yield Finding("fine", "other service proxies", "none has left anything here")
+
+    def _forwarding(self, saved: dict[str, str]) -> Iterator[Finding]:
+        wrong = [problem for family in self._families if (problem := sysctl.forwarding_problem(family))]
+        for problem in wrong:
+            yield Finding("wrong", "forwarding", problem)
+        if not wrong:
+            yield Finding("fine", "forwarding", "is on")
+        for name in (name for name, text in saved.items() if ":FORWARD DROP " in text):
+            seen = f"{name} drops what no rule accepts (policy of FORWARD)"
+            yield Finding("note", "forwarding", seen, "the network plugin has to accept packets from and to pods")
+        if bridges := inspection.unfiltered_bridges():
+            seen = (
+                f"packets between ports of {' '.join(bridges)} pass no rules: replies of pods there stay untranslated"
+            )
+            advice = "if pods are there: modprobe br_netfilter; sysctl -w net.bridge.bridge-nf-call-iptables=1"
+            yield Finding("note", "forwarding", seen, advice)
+
+    @staticmethod
+    def _connections() -> Iterator[Finding]:
+        fill = inspection.connections()
+        if fill is None or not fill.limit:
+            return
+        state: State = "wrong" if fill.used >= _FULL * fill.limit else "fine"
+        advice = "new ones are dropped when it is full: raise conntrack.maxPerCore" if state == "wrong" else ""
+        yield Finding(state, "conntrack", f"{fill.used} of {fill.limit} connections", advice)
+
+    # -- all Services
+
+    def services(self) -> Iterator[Finding]:
+        """What is wrong with any Service. Looks at all of them."""
+        for problem in self._problems:
+            yield _of_problem(problem)
+        ports = list(self.tracker.ports())
+        unserved = [p for p in ports if not categorize(p, self.tracker.endpoints(_key(p)), self.tracker.node).any]
+        seen = f"{len(ports)} service ports are known"
+        if unserved:
+            seen += f"; {len(unserved)} are refused, since nobody serves them: {_named(map(_name, unserved))}"
+            yield Finding("note", "services", seen, "miniproxy doctor NAMESPACE/NAME tells why")
+        else:
+            yield Finding("fine", "services", f"{seen}; all have somebody to serve them")
+
+    # -- one Service
+
+    def service(self, namespace: str, name: str, places: Sequence[Place]) -> Iterator[Finding]:
+        """One Service, at these places where it answers."""
+        for problem in self._problems:
+            if explain.concerns(problem, namespace, name):
+                yield _of_problem(problem)
+        for port in dict.fromkeys(place.port for place in places):
+            yield from self._endpoints(port)
+            yield from self._programmed(port)
+        for place in places:
+            yield self._place(place)
+
+    def _endpoints(self, port: ServicePort) -> Iterator[Finding]:
+        about = f"{_name(port)} endpoints"
+        candidates = explain.candidates(self.tracker, _key(port))
+        serving = [c.endpoint for c in candidates if not c.why_not]
+        if not candidates:
+            yield Finding("wrong", about, *self._no_endpoints(port))
+        elif not serving:
+            why = _named(f"{c.endpoint} {c.why_not}" for c in candidates)
+            yield Finding("wrong", about, f"none serves here: {why}", "see the pods' readiness, and the traffic policy")
+        else:
+            aside = len(candidates) - len(serving)
+            more = f"; {aside} do not: {_named(f'{c.endpoint} {c.why_not}' for c in candidates if c.why_not)}"
+            yield Finding("fine", about, f"{len(serving)} serve here{more if aside else ''}")
+            yield from self._reached(about, port, serving)
+
+    def _no_endpoints(self, port: ServicePort) -> tuple[str, str]:
+        """Why a service port has no endpoints at all, and what to do."""
+        slices = self.tracker.slices(port.name.namespace, port.name.name)
+        if not slices:
+            return "no EndpointSlice names this Service", "see its selector, and whether pods with these labels exist"
+        mine = [s for s in slices if s.family is port.family]
+        if not mine:
+            return f"its slices have no {port.family} addresses", "pods have to have addresses of both families"
+        offered = {f"{p.name or '(unnamed)'}/{p.protocol}" for s in mine for p in s.ports}
+        if f"{port.name.port or '(unnamed)'}/{port.name.protocol}" in offered:
+            return "its slices are empty", "see its selector, and whether pods with these labels exist"
+        wanted = f"{port.name.port or '(unnamed)'}/{port.name.protocol}"
+        seen = f"its slices have the ports {', '.join(sorted(offered)) or 'of none'}, not {wanted}"
+        return seen, "ports go together by name and protocol: see targetPort, and the pods' port names"
+
+    def _reached(self, about: str, port: ServicePort, endpoints: Sequence[Endpoint]) -> Iterator[Finding]:
+        if not self._connecting or port.name.protocol != "TCP":
+            return
+        asked = endpoints[:_MOST]
+        with ThreadPoolExecutor(len(asked)) as pool:
+            answers = list(pool.map(lambda e: _connect(e.ip, e.port), asked))
+        bad = [f"{e} {answer}" for e, answer in zip(asked, answers, strict=True) if answer]
+        if bad:
+            advice = "refused: nothing listens there, see targetPort; no answer: routes to pods, or a network policy"
+            yield Finding("wrong", about, f"asked directly, from this node: {', '.join(bad)}", advice)
+        else:
+            yield Finding("fine", about, f"asked directly, {len(asked)} of {len(endpoints)} take connections")
+
+    def _programmed(self, port: ServicePort) -> Iterator[Finding]:
+        about = f"{_name(port)} in the kernel"
+        try:
+            missing = self.differing(port.family).get(str(port.name), 0)
+        except TransactionError as error:
+            yield Finding("note", about, f"cannot be read: {error}", "it takes root: try again with sudo")
+            return
+        count = len(self.agent.reconcilers[port.family].wanted(port.name))
+        if missing:
+            advice = "miniproxy plan --diff shows them; if the agent runs, its log says what it cannot write"
+            yield Finding("wrong", about, f"{missing} objects are not as planned, of {count}", advice)
+        else:
+            yield Finding("fine", about, f"all {count} objects are as planned")
+
+    def _place(self, place: Place) -> Finding:
+        """Where a connection from this node to it ends, by the rules and in truth."""
+        about = f"{place.kind} {_spelt(place.address, place.number)}"
+        source = self.tracker.node.ip(place.port.family) or place.address
+        keys = [_key(port) for port in self.tracker.ports()]
+        packet = explain.packet(place, source, "")
+        try:
+            outcome = explain.walk(self.tracker, self.settings, keys, packet, local_addresses(place.port.family))
+        except (TraceError, ValueError) as error:
+            return Finding("note", about, f"cannot be followed: {error}")
+        if not outcome.endpoints:
+            last = outcome.branches[0].steps[-1:]
+            decided = "".join(f"decided by {step.place}: {step.rule}" for step in last)
+            return Finding("wrong", about, f"from this node {explain.sentence(outcome)}", decided)
+        planned = f"by the rules, leads to {_named(map(str, outcome.endpoints))}"
+        if not self._connecting or place.port.name.protocol != "TCP":
+            return Finding("fine", about, planned)
+        answer = _connect(place.address, place.number)
+        if answer:
+            advice = "if its endpoints answer when asked directly, something else on the way drops or rewrites it"
+            return Finding("wrong", about, f"{answer}; {planned}", advice)
+        return Finding("fine", about, f"connects; {planned}")
+
+
+def _ask(where: str, path: str) -> tuple[int, str] | None:
+    """Status and body of what is served there; None if nothing is."""
+    host, _, port = where.rpartition(":")
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host.strip("[]"))
+    connection = http.client.HTTPConnection(host, int(port or 0), timeout=_PATIENCE)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode(errors="replace").strip()
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def _updated(body: str) -> str:
+    try:
+        return str(json.loads(body)["lastUpdated"])
+    except (ValueError, LookupError, TypeError):
+        return "?"
+
+
+def _connect(address: str, port: int) -> str:
+    """Open a TCP connection and close it; "" if that went well, else what came of it."""
+    try:
+        socket.create_connection((address, port), _PATIENCE).close()
+    except ConnectionRefusedError:
+        return "refused the connection"
+    except TimeoutError:
+        return "did not answer"
+    except OSError as error:
+        return f"cannot be reached: {error.strerror or error}"
+    return ""
+
+
+def _of_problem(problem: Problem) -> Finding:
+    about = str(problem.ref)
+    where = f" ({problem.origin})" if problem.origin else ""
+    field = f"{problem.field}: " if problem.field else ""
+    return Finding("wrong", about, f"{field}{problem.reason}{where}")
+
+
+def _key(port: ServicePort) -> PortKey:
+    return port.name, port.family
+
+
+def _name(port: ServicePort) -> str:
+    return f"{port.name} {port.name.protocol} {port.family}"
+
+
+def _spelt(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _named(names: Iterable[str]) -> str:
+    """The first few of them."""
+    names = list(names)
+    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    return ", ".join(names[:_MOST]) + more
