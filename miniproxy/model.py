@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 Protocol = Literal["TCP", "UDP", "SCTP"]
+PROTOCOL_NUMBERS: dict[Protocol, int] = {"TCP": 6, "UDP": 17, "SCTP": 132}  # IANA's, as packets and netlink have them
 Kind = Literal["Service", "EndpointSlice", "Node", "ServiceCIDR", "File", "API"]
 ProblemKind = Literal["Refused", "Conflict", "SetAside", "FailedToStartServiceHealthcheck"]
 

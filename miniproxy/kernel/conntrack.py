@@ -16,8 +16,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from ..flows import CONNECTIONLESS, Flow, Stale
-from ..model import Endpoint, Family, Protocol
-from .netlink import NETFILTER, Netlink, Request, attribute, attributes
+from ..model import PROTOCOL_NUMBERS, Endpoint, Family, Protocol
+from .netlink import NESTED, NETFILTER, Netlink, Request, attribute, attributes
 
 _CTNETLINK = 1 << 8
 _GET, _DELETE = _CTNETLINK | 1, _CTNETLINK | 2
@@ -27,9 +27,7 @@ _IP_SRC = {Family.V4: 1, Family.V6: 3}
 _IP_DST = {Family.V4: 2, Family.V6: 4}
 _PROTO_NUM, _PROTO_SRC_PORT, _PROTO_DST_PORT = 1, 2, 3
 _FILTER_ORIG_FLAGS, _FILTER_PROTO_NUM, _FILTER_DST_PORT = 1, 1 << 3, 1 << 5
-_NESTED = 0x8000
 _AF = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
-_NUMBER: dict[Protocol, int] = {"TCP": 6, "UDP": 17, "SCTP": 132}
 
 
 def forget(stale: Iterable[Stale]) -> int:
@@ -66,9 +64,10 @@ def _descriptions(flow: Flow) -> tuple[tuple[str, str], ...]:
 def _dump(netlink: Netlink, family: Family, protocol: Protocol, port: int) -> Iterator[tuple[Flow, bytes]]:
     """Flows of a protocol, to a port unless that is 0, each with its original tuple as the kernel wrote it."""
     flags = _FILTER_PROTO_NUM | (_FILTER_DST_PORT if port else 0)
-    proto = attribute(_PROTO_NUM, bytes([_NUMBER[protocol]])) + attribute(_PROTO_DST_PORT, struct.pack(">H", port))
-    asked = attribute(_TUPLE_ORIG | _NESTED, attribute(_TUPLE_PROTO | _NESTED, proto)) + attribute(
-        _FILTER | _NESTED, attribute(_FILTER_ORIG_FLAGS, struct.pack("=I", flags)) + attribute(2, bytes(4))
+    number = bytes([PROTOCOL_NUMBERS[protocol]])
+    proto = attribute(_PROTO_NUM, number) + attribute(_PROTO_DST_PORT, struct.pack(">H", port))
+    asked = attribute(_TUPLE_ORIG | NESTED, attribute(_TUPLE_PROTO | NESTED, proto)) + attribute(
+        _FILTER | NESTED, attribute(_FILTER_ORIG_FLAGS, struct.pack("=I", flags)) + attribute(2, bytes(4))
     )
     for answer in netlink.dump(Request(_GET, _header(family) + asked)):
         found = attributes(answer[len(_header(family)) :])
@@ -81,7 +80,7 @@ def _flow(family: Family, found: dict[int, bytes]) -> Flow | None:
     original, reply = attributes(found[_TUPLE_ORIG]), attributes(found[_TUPLE_REPLY])
     proto = attributes(original[_TUPLE_PROTO])
     number = proto[_PROTO_NUM][0]
-    protocol = next((p for p, n in _NUMBER.items() if n == number), None)
+    protocol = next((p for p, n in PROTOCOL_NUMBERS.items() if n == number), None)
     if protocol is None or _PROTO_DST_PORT not in proto:
         return None
     to = attributes(original[_TUPLE_IP])[_IP_DST[family]]
@@ -95,7 +94,7 @@ def _flow(family: Family, found: dict[int, bytes]) -> Flow | None:
 def _delete(netlink: Netlink, family: Family, tuples: list[bytes]) -> int:
     """How many of these flows were still there."""
     head = _header(family)
-    codes = netlink.execute([Request(_DELETE, head + attribute(_TUPLE_ORIG | _NESTED, tuple_)) for tuple_ in tuples])
+    codes = netlink.execute([Request(_DELETE, head + attribute(_TUPLE_ORIG | NESTED, tuple_)) for tuple_ in tuples])
     for code in codes:
         if code not in (0, errno.ENOENT):
             raise OSError(code, f"conntrack: {os.strerror(code)}")

@@ -12,16 +12,16 @@ import struct
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
+from ..model import PROTOCOL_NUMBERS
 from ..planner.ipvs_text import IpSet, SetEntry
 from ..transaction import TransactionError
-from .netlink import NETFILTER, TRANSIENT, Netlink, Request, attribute, attributes, explain, walk
+from .netlink import NESTED, NET_ORDER, NETFILTER, TRANSIENT, Netlink, Request, attribute, attributes, explain, walk
 
 # linux/netfilter/ipset/ip_set.h
 _SUBSYSTEM = 6 << 8  # of nfnetlink
 _CREATE, _DESTROY, _LIST, _ADD, _DEL = 2, 3, 7, 9, 10
 _PROTOCOL, _NAME, _TYPE, _REVISION, _FAMILY, _DATA, _ADT = 1, 2, 3, 4, 5, 7, 8
 _IP, _PORT, _PORT_TO, _PROTO, _MOST, _IP2, _CIDR2 = 1, 4, 5, 7, 19, 20, 21  # within _DATA
-_NESTED, _NET_ORDER = 0x8000, 0x4000
 _HEADER = struct.pack("=BBH", socket.AF_INET, 0, 0)  # struct nfgenmsg; the family of sets is an attribute
 _VERSION = attribute(_PROTOCOL, b"\x06")  # understood by every kernel since 2.6.39
 _be16, _be32 = struct.Struct(">H"), struct.Struct(">I")
@@ -29,7 +29,7 @@ _be16, _be32 = struct.Struct(">H"), struct.Struct(">I")
 _REVISIONS = {"hash:ip": 4, "hash:ip,port": 5, "hash:ip,port,ip": 5, "hash:ip,port,net": 7, "bitmap:port": 3}
 _FAMILIES: dict[str, int] = {"inet": socket.AF_INET, "inet6": socket.AF_INET6, "": socket.AF_UNSPEC}
 _FAMILY_NAMES = {number: name for name, number in _FAMILIES.items()}
-_PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
+_PROTOCOLS = {protocol.lower(): number for protocol, number in PROTOCOL_NUMBERS.items()}
 _PROTOCOL_NAMES = {number: name for name, number in _PROTOCOLS.items()}
 _WORDS = {
     errno.EEXIST: "a set of that name and of another type exists",
@@ -80,7 +80,7 @@ def encode(line: str) -> Request:
     start = _start(name)
     match what:
         case "add" | "del":
-            kind, data = _ADD if what == "add" else _DEL, start + attribute(_DATA | _NESTED, _entry(words[0]))
+            kind, data = _ADD if what == "add" else _DEL, start + attribute(_DATA | NESTED, _entry(words[0]))
         case "create":
             kind, data = _CREATE, start + _create(words[0], dict(zip(words[1::2], words[2::2], strict=True)))
         case _:
@@ -102,12 +102,12 @@ def _create(kind: str, options: dict[str, str]) -> bytes:
         first, last = options["range"].split("-")
         data = _number(_PORT, int(first)) + _number(_PORT_TO, int(last))
     else:
-        data = attribute(_MOST | _NET_ORDER, _be32.pack(int(options["maxelem"])))
+        data = attribute(_MOST | NET_ORDER, _be32.pack(int(options["maxelem"])))
     return (
         attribute(_TYPE, kind.encode() + b"\0")
         + attribute(_FAMILY, bytes((_FAMILIES[options.get("family", "")],)))
         + attribute(_REVISION, bytes((_REVISIONS[kind],)))
-        + attribute(_DATA | _NESTED, data)
+        + attribute(_DATA | NESTED, data)
     )
 
 
@@ -120,24 +120,24 @@ def _entry(text: str) -> bytes:
     if rest:
         protocol, _, port = rest[0].partition(":")
         number = _PROTOCOLS.get(protocol) or int(protocol)
-        data += _number(_PORT, int(port)) + attribute(_PROTO | _NET_ORDER, bytes((number,)))
+        data += _number(_PORT, int(port)) + attribute(_PROTO | NET_ORDER, bytes((number,)))
     if len(rest) > 1:
         address, _, length = rest[1].partition("/")
         data += _address(_IP2, address)
         if length:
-            data += attribute(_CIDR2 | _NET_ORDER, bytes((int(length),)))
+            data += attribute(_CIDR2 | NET_ORDER, bytes((int(length),)))
     return data
 
 
 def _number(kind: int, value: int) -> bytes:
-    return attribute(kind | _NET_ORDER, _be16.pack(value))
+    return attribute(kind | NET_ORDER, _be16.pack(value))
 
 
 @lru_cache(maxsize=4096)
 def _address(kind: int, text: str) -> bytes:
     v6 = ":" in text
     raw = socket.inet_pton(socket.AF_INET6 if v6 else socket.AF_INET, text)
-    return attribute(kind | _NESTED, attribute((2 if v6 else 1) | _NET_ORDER, raw))
+    return attribute(kind | NESTED, attribute((2 if v6 else 1) | NET_ORDER, raw))
 
 
 def _decode(payloads: Iterable[bytes]) -> Iterator[IpSet | SetEntry]:

@@ -20,7 +20,7 @@ import msgspec
 
 from ..config import Settings
 from ..graceful import Draining, Load, Server, Service
-from ..model import Family, Protocol, ServicePort
+from ..model import PROTOCOL_NUMBERS, Family, Protocol, ServicePort
 from ..planner import ipvs_text, rules
 from ..planner.ipvs import SETS, set_name
 from ..planner.ipvs_text import (
@@ -66,8 +66,7 @@ _FLAG_NAMES = {("sh", 8): "sh-fallback", ("sh", 16): "sh-port", ("mh", 8): "mh-f
 _FLAG_BITS = {name: bit for (_, bit), name in _FLAG_NAMES.items()} | {v: k for k, v in _SCHEDULER_FLAGS.items()}
 _FORWARD = {"m": 0, "i": 2, "g": 3}
 _FORWARD_NAMES = {"Masq": "m", "Tunnel": "i", "Route": "g", "Local": "l"}
-_PROTOCOL_NUMBERS: dict[Protocol, int] = {"TCP": 6, "UDP": 17, "SCTP": 132}
-_PROTOCOL_NAMES: dict[int, Protocol] = {number: name for name, number in _PROTOCOL_NUMBERS.items()}
+_PROTOCOL_NAMES: dict[int, Protocol] = {number: name for name, number in PROTOCOL_NUMBERS.items()}
 _AF = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 _u16, _u32, _be16 = struct.Struct("=H"), struct.Struct("=I"), struct.Struct(">H")
 _HEADER = struct.Struct("=BBH")  # struct genlmsghdr: command, version
@@ -100,7 +99,7 @@ def encode_service(server: VirtualServer, *, whole: bool) -> bytes:
     family, address = _address(server.address)
     data = (
         attribute(_SVC_AF, _u16.pack(family))
-        + attribute(_SVC_PROTOCOL, _u16.pack(_PROTOCOL_NUMBERS[server.protocol]))
+        + attribute(_SVC_PROTOCOL, _u16.pack(PROTOCOL_NUMBERS[server.protocol]))
         + attribute(_SVC_ADDR, address)
         + attribute(_SVC_PORT, _be16.pack(server.port))
     )
@@ -280,7 +279,7 @@ def _real_servers(text: str, family: Family) -> dict[tuple[str, ...], list[RealS
         words = line.split()
         if words[0] != "->":
             current = None
-            if words[0] in _PROTOCOL_NUMBERS and (words[1][0] == "[") == (family is Family.V6):
+            if words[0] in PROTOCOL_NUMBERS and (words[1][0] == "[") == (family is Family.V6):
                 address, port = _hexadecimal(words[1])
                 current = found.setdefault(("ipvs", f"{address} {words[0].lower()} {port}"), [])
         elif current is not None:

@@ -18,6 +18,7 @@ from typing import NamedTuple, Self
 
 ROUTE, NETFILTER, GENERIC = 0, 12, 16  # netlink protocols
 CREATE, EXCLUSIVE = 0x400, 0x200  # flags of requests that make something
+NESTED, NET_ORDER = 0x8000, 0x4000  # flags of an attribute's type: it holds attributes; its number is big-endian
 _REQUEST, _ACK, _DUMP = 1, 4, 0x300
 _ERROR, _DONE = 2, 3
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK = 270, 10, 11

@@ -13,13 +13,12 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..model import Family
-from .netlink import CREATE, NETFILTER, Netlink, Refused, Request, attribute, attributes
+from .netlink import CREATE, NESTED, NETFILTER, Netlink, Refused, Request, attribute, attributes
 
 _NFTABLES = 10 << 8
 _GETTABLE, _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = (_NFTABLES | n for n in (1, 4, 7, 10, 13))
 _NEWSETELEM, _DELSETELEM = _NFTABLES | 12, _NFTABLES | 14
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
-_NESTED = 1 << 15
 _LIST_LIMIT = 60_000  # bytes of elements in a message: an attribute's length has 16 bits
 _AF = {Family.V4: 2, Family.V6: 10}
 _HOOKS = ("prerouting", "input", "forward", "output", "postrouting")
@@ -96,7 +95,7 @@ class _Message(NamedTuple):
     elements: Sequence[bytes]
 
     def request(self, head: bytes) -> Request:
-        payload = head + attribute(2, self.set.encode() + b"\0") + attribute(3 | _NESTED, b"".join(self.elements))
+        payload = head + attribute(2, self.set.encode() + b"\0") + attribute(3 | NESTED, b"".join(self.elements))
         return Request(_NEWSETELEM if self.adding else _DELSETELEM, payload, CREATE if self.adding else 0)
 
     def blame(self, refused: Refused) -> RefusedElement:

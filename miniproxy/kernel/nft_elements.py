@@ -15,7 +15,7 @@ from socket import AF_INET, AF_INET6, inet_pton
 
 from ..model import Family
 from ..planner.nft_parse import PROTOCOLS
-from .netlink import attribute
+from .netlink import NESTED, attribute
 
 # linux/netfilter/nf_tables.h: NFTA_LIST_ELEM; NFTA_SET_ELEM_*; NFTA_DATA_*; NFTA_VERDICT_*; NFT_GOTO.
 _LIST_ELEM = 1
@@ -23,7 +23,6 @@ _KEY, _DATA, _KEY_END = 1, 2, 10
 _VALUE, _VERDICT = 1, 2
 _CODE, _CHAIN = 1, 2
 _GOTO = -4
-_NESTED = 1 << 15
 _NUMBERS = {name: number for number, name in PROTOCOLS.items()}
 _SEPARATOR = " . "
 
@@ -130,7 +129,7 @@ def _goto(verdict: str) -> bytes:
 
 
 def _nest(kind: int, value: bytes) -> bytes:
-    return attribute(kind | _NESTED, value)
+    return attribute(kind | NESTED, value)
 
 
 def _element(key: bytes, data: bytes = b"") -> bytes:
@@ -141,6 +140,6 @@ def _element(key: bytes, data: bytes = b"") -> bytes:
 
 @lru_cache(maxsize=1024)
 def _headers(key: int, data: int) -> tuple[bytes, bytes]:
-    between = struct.pack("=2H", 4 + data, _DATA | _NESTED) if data else b""
+    between = struct.pack("=2H", 4 + data, _DATA | NESTED) if data else b""
     whole = 12 + key + len(between) + data
-    return struct.pack("=6H", whole, _LIST_ELEM | _NESTED, 8 + key, _KEY | _NESTED, 4 + key, _VALUE), between
+    return struct.pack("=6H", whole, _LIST_ELEM | NESTED, 8 + key, _KEY | NESTED, 4 + key, _VALUE), between

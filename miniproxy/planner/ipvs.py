@@ -16,7 +16,7 @@ import ipaddress
 from collections.abc import Iterator, Sequence
 
 from ..config import Settings
-from ..model import Endpoint, Family, Node, ServicePort
+from ..model import PROTOCOL_NUMBERS, Endpoint, Family, Node, ServicePort
 from ..policy import Serving
 from . import iptables
 from .iptables import Chain, DispatchChain, DispatchRule, Hooks, contains, hook, host
@@ -173,7 +173,7 @@ class _ServicePlan:
             yield SetEntry(set_name("KUBE-LOAD-BALANCER-SOURCE-IP", port.family), f"{where},{ip}")
         else:
             # They do not come by INPUT, where the ranges are looked at, so they are dropped behind IPVS.
-            number = {"TCP": 6, "UDP": 17, "SCTP": 132}[self.protocol]
+            number = PROTOCOL_NUMBERS[self.protocol]
             rule = f"-s {host(ip)} -m ipvs --vproto {number} --vaddr {ip} --vport {port.port} -j DROP"
             yield DispatchRule("filter", OUT_FILTER, f"{ip} {self.proto} {port.port}", rule)
 
