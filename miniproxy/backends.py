@@ -31,27 +31,28 @@ class Dataplane(NamedTuple):
     prepare: Callable[[], None]  # kernel settings, before the first write; needs root. Raises TransactionError
     review: Callable[[ServicePort], Review] = lambda port: (port, ())  # what a Service asks for and cannot have
     tick: Callable[[], float] = lambda: float("inf")  # does what is due; says when to be called again
+    variant: Variant | None = None  # of iptables, in modes that use it
 
 
-def iptables_variant(settings: Settings) -> Variant:
-    if settings.iptables_variant != "auto":
-        return settings.iptables_variant
-    variant = detect_variant(Family.V4)
-    log.info("using iptables-%s", variant)
-    return variant
-
-
-def choose(settings: Settings) -> Dataplane:
-    """The dataplane that the settings name."""
+def choose(settings: Settings, *, probing: bool = True) -> Dataplane:
+    """The dataplane that the settings name. Without `probing` nothing is written to find the variant of iptables."""
     from .planner import iptables
 
-    if settings.mode == "ipvs":
-        return _ipvs(settings)
     if settings.mode == "nftables":
         return _nftables()
-    variant = iptables_variant(settings)
+    variant = _variant(settings, probing)
+    if settings.mode == "ipvs":
+        return _ipvs(settings, variant)
     backends = {family: Iptables(family, variant) for family in Family}
-    return Dataplane(iptables, backends, lambda: sysctl.prepare_iptables(settings))
+    return Dataplane(iptables, backends, lambda: sysctl.prepare_iptables(settings), variant=variant)
+
+
+def _variant(settings: Settings, probing: bool) -> Variant:
+    if settings.iptables_variant != "auto":
+        return settings.iptables_variant
+    variant = detect_variant(Family.V4, probing=probing)
+    log.info("using iptables-%s", variant)
+    return variant
 
 
 def _nftables() -> Dataplane:
@@ -61,11 +62,10 @@ def _nftables() -> Dataplane:
     return Dataplane(nftables, backends, kernel_nftables.check)
 
 
-def _ipvs(settings: Settings) -> Dataplane:
+def _ipvs(settings: Settings, variant: Variant) -> Dataplane:
     from .planner import ipvs
     from .planner.ipvs_text import LAYOUT
 
-    variant = iptables_variant(settings)
     draining = {family: Draining(kernel_ipvs.Connections(), time.monotonic) for family in Family}
     backends = {
         family: kernel_ipvs.IpvsBackend(family, settings, Iptables(family, variant, layout=LAYOUT), draining[family])
@@ -84,6 +84,7 @@ def _ipvs(settings: Settings) -> Dataplane:
         lambda: kernel_ipvs.prepare(settings),
         kernel_ipvs.Schedulers(settings.ipvs_scheduler).review,
         tick,
+        variant,
     )
 
 

@@ -39,13 +39,11 @@ def command(loaded: Loaded, target: str | None, no_connect: bool, as_json: bool)
       sudo miniproxy doctor 10.96.0.10:80 --json
       miniproxy lab exec node1 -- miniproxy doctor …
     """
-    from ..backends import iptables_variant
     from ..doctor import Doctor
     from ..model import Family
 
-    agent, problems = planned(loaded, list(Family))
-    variant = iptables_variant(loaded.settings) if loaded.settings.mode != "nftables" else None
-    doctor = Doctor(agent, problems, variant, connecting=not no_connect)
+    agent, problems, dataplane = planned(loaded, list(Family))
+    doctor = Doctor(agent, problems, dataplane.variant, connecting=not no_connect)
     sections: list[tuple[str, Iterable[Finding]]] = [("this node", doctor.node())]
     if target:
         sections += _services(doctor, target)

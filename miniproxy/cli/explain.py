@@ -45,7 +45,7 @@ def command(loaded: Loaded, target: str, origin: str, interface: str, all_rules:
     from ..model import Family
     from .plan import planned
 
-    agent, problems = planned(loaded, list(Family))
+    agent, problems, _ = planned(loaded, list(Family))
     found = find_places(agent, target)
     results = [_explain(agent, place, origin, interface) for place in found]
     services = {place.port.name[:2] for place in found}

@@ -15,6 +15,7 @@ from .options import SettingsCommand, settings_options
 
 if TYPE_CHECKING:
     from ..agent import Agent
+    from ..backends import Dataplane
     from ..model import Batch, Family, Problem
 
 
@@ -34,7 +35,7 @@ def command(loaded: Loaded, family: str, diff: bool, as_json: bool) -> None:
     from ..model import Family
 
     families = [f for f in Family if family in (str(f.value), "both")]
-    agent, problems = planned(loaded, families)
+    agent, problems, _ = planned(loaded, families)
     desired = {f: agent.reconcilers[f].desired.values() for f in families}
     texts = {f: agent.planner.show(objects) for f, objects in desired.items()}
     if diff:
@@ -51,8 +52,8 @@ def command(loaded: Loaded, family: str, diff: bool, as_json: bool) -> None:
         raise SystemExit(1)
 
 
-def planned(loaded: Loaded, families: list[Family]) -> tuple[Agent, list[Problem]]:
-    """An agent that knows what the source holds and has planned it, and has written nothing."""
+def planned(loaded: Loaded, families: list[Family]) -> tuple[Agent, list[Problem], Dataplane]:
+    """An agent that knows what the source holds and has planned it for this dataplane, and has written nothing."""
     from .. import sources
     from ..agent import Agent
     from ..backends import choose
@@ -65,7 +66,7 @@ def planned(loaded: Loaded, families: list[Family]) -> tuple[Agent, list[Problem
     except ValueError as error:
         raise Failure(str(error), code=2) from None
     try:
-        dataplane = choose(settings)
+        dataplane = choose(settings, probing=False)
     except ValueError as error:
         raise Failure(str(error)) from None
     problems: list[Problem] = []
@@ -91,7 +92,7 @@ def planned(loaded: Loaded, families: list[Family]) -> tuple[Agent, list[Problem
 
     source.run(once, stop)
     agent.replan()
-    return agent, problems
+    return agent, problems, dataplane
 
 
 def _difference(agent: Agent, family: Family, planned_text: str) -> str:

@@ -117,9 +117,9 @@ def cleanup(family: Family, variant: Variant, runner: Runner = run) -> int:
     return len(changes) + len(canaries)
 
 
-def detect_variant(family: Family, runner: Runner = run) -> Variant:
+def detect_variant(family: Family, runner: Runner = run, *, probing: bool = True) -> Variant:
     """Which variant this node uses: the kubelet's, else the one that has rules, else the system's default, or the
-    other where the default does not work.
+    other where the default does not work, as far as that can be known without `probing`, which writes.
     """
     saved: dict[Variant, str] = {}
     hint, canary = (f"\n:{chain} " for _, chain in _HINTS)
@@ -138,7 +138,7 @@ def detect_variant(family: Family, runner: Runner = run) -> Variant:
         return max(counts, key=lambda variant: counts[variant])
     default = _default_variant(family, runner)
     candidates = sorted(saved, key=lambda variant: variant != default)
-    return next((variant for variant in candidates if _works(family, variant, runner)), default)
+    return next((v for v in candidates if not probing or _works(family, v, runner)), default)
 
 
 def _default_variant(family: Family, runner: Runner) -> Variant:

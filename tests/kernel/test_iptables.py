@@ -257,6 +257,20 @@ def test_a_default_that_cannot_be_written_is_no_choice(namespace: Namespace, bro
     assert detect_variant(Family.V4, run) == ("nft" if broken == "legacy" else "legacy")
 
 
+def test_whoever_only_asks_writes_nothing(namespace: Namespace) -> None:
+    inside = Inside(namespace)
+    written: list[str] = []
+
+    def run(argv: Sequence[str], text: Iterable[str] = (), timeout: float = 60.0) -> Completed:
+        written.extend(argv[:1] if "restore" in argv[0] else ())
+        return inside(argv, text, timeout)
+
+    default = "legacy" if "legacy" in inside(["iptables", "--version"]).out else "nft"
+    assert detect_variant(Family.V4, run, probing=False) == default
+    assert written == []
+    assert inside(["nft", "list", "tables"]).out == ""
+
+
 def test_where_nothing_can_be_written_it_stays_with_the_default(namespace: Namespace) -> None:
     """The first write then says why."""
 
