@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import BinaryIO, NamedTuple, Protocol
 
-_PIPE = 1 << 20  # bytes; what an unprivileged process may have, and a tool needs some time for
+_PIPE = 1 << 20  # bytes, pipe(7)'s limit for the unprivileged: lets us go on with printing while a tool works
 
 
 class Completed(NamedTuple):
@@ -57,7 +58,8 @@ def run(
 
 
 def _feed(pipe: int, pieces: Iterable[str], end: float) -> None:
-    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE)
+    with contextlib.suppress(OSError):  # root's pipes may have used up what those without CAP_SYS_RESOURCE may have
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE)
     os.set_blocking(pipe, False)
     for piece in pieces:
         rest = memoryview(piece.encode())
@@ -72,7 +74,11 @@ def _feed(pipe: int, pieces: Iterable[str], end: float) -> None:
 
 def _wait(process: subprocess.Popen[bytes], end: float) -> None:
     """Like process.wait(timeout), which sleeps up to 50 ms at a time and looks."""
-    pidfd = os.pidfd_open(process.pid)
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except OSError:  # a kernel before 5.3, or a seccomp profile of that time
+        process.wait(max(0.0, end - time.monotonic()))
+        return
     try:
         _until(pidfd, select.POLLIN, end)
     finally:

@@ -6,15 +6,14 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import invariant, rule
 
 from miniproxy.agent import Agent
 from miniproxy.config import Settings
-from miniproxy.model import Batch, Family, Node, Object, Ref
+from miniproxy.model import Family
 from miniproxy.planner import ipvs
 from miniproxy.planner.ipvs_text import VirtualServer
-from miniproxy.transaction import TransactionError
-from tests import world
+from tests.machine import WorldMachine
 
 from .fake_ipvs import FakeIpvs
 
@@ -23,83 +22,25 @@ SETTINGS = Settings(mode="ipvs", node_name="n1", cluster_cidrs=("10.200.0.0/16",
 ADDRESSES = ("10.7.0.1", "10.51.0.1", "10.61.0.2", "fd00:7::1", "fd00:51::1")
 
 
-class Machine(RuleBasedStateMachine):
+class Machine(WorldMachine):
     def __init__(self) -> None:
-        super().__init__()
-        self.objects: dict[Ref, Object] = {}
         self.local = set(ADDRESSES[:1])
-        self.kernels = {family: FakeIpvs() for family in Family}
-        self.agent = self.new_agent(self.kernels)
-        self.pending = True  # something has been handed over and not been synced
+        super().__init__()
 
-    def new_agent(self, kernels: dict[Family, FakeIpvs]) -> Agent:
-        agent = Agent(SETTINGS, ipvs, kernels, local_addresses=self.local_addresses)
-        agent.handle(Batch(tuple(self.objects.values()), synced=True))
-        return agent
+    def empty_kernels(self) -> dict[Family, Any]:
+        return {family: FakeIpvs() for family in Family}
+
+    def make_agent(self, kernels: dict[Family, Any]) -> Agent:
+        return Agent(SETTINGS, ipvs, kernels, local_addresses=self.local_addresses)
 
     def local_addresses(self, family: Family) -> list[str]:
         return sorted(a for a in self.local if Family.of(a) is family)
-
-    def deliver(self, *upserts: Object, deletes: tuple[Ref, ...] = ()) -> None:
-        self.objects.update({obj.ref: obj for obj in upserts})
-        for ref in deletes:
-            self.objects.pop(ref, None)
-        self.agent.handle(Batch(upserts, deletes))
-
-    @rule(service=st.sampled_from(world.NAMES).flatmap(world.services), quiet=st.booleans())
-    def put_service(self, service: Any, quiet: bool) -> None:
-        self.deliver(service)
-        self.sync(quiet)
-
-    @rule(found=world.slices(), quiet=st.booleans())
-    def put_slice(self, found: Any, quiet: bool) -> None:
-        self.deliver(found)
-        self.sync(quiet)
-
-    @rule(node=world.nodes, quiet=st.booleans())
-    def put_node(self, node: Node, quiet: bool) -> None:
-        self.deliver(node)
-        self.sync(quiet)
-
-    @rule(data=st.data(), quiet=st.booleans())
-    def remove(self, data: st.DataObject, quiet: bool) -> None:
-        gone = data.draw(st.sampled_from(sorted(self.objects))) if self.objects else Ref("Service", "ns", "a")
-        if gone.kind != "Node":
-            self.deliver(deletes=(gone,))
-        self.sync(quiet)
 
     @rule(local=st.sets(st.sampled_from(ADDRESSES)))
     def readdress(self, local: set[str]) -> None:
         """Addresses of the node come and go, and the kernel says so."""
         self.local = local
         self.agent.plan_frame()
-        self.sync(False)
-
-    @rule()
-    def restart(self) -> None:
-        self.agent = self.new_agent(self.kernels)
-        self.sync(False)
-
-    @rule(after=st.integers(0, 40), transient=st.booleans(), found=world.slices(), killed=st.booleans())
-    def fault(self, after: int, transient: bool, found: Any, killed: bool) -> None:
-        """The kernel fails once, in the middle of writing a change: between any two operations."""
-        countdown = [after]
-
-        def fail(line: str) -> None:
-            countdown[0] -= 1
-            if countdown[0] == -1:
-                raise TransactionError("injected", transient=transient)
-
-        for kernel in self.kernels.values():
-            kernel.fault = fail
-        self.deliver(found)
-        self.agent.sync()
-        for kernel in self.kernels.values():
-            kernel.fault = lambda line: None
-        if killed:
-            self.agent = self.new_agent(self.kernels)
-        else:
-            self.agent.check()
         self.sync(False)
 
     @rule(data=st.data())
@@ -140,25 +81,6 @@ class Machine(RuleBasedStateMachine):
                 kernel.draining.look()
             if not self.pending:
                 assert set(kernel.leaving()) == kernel.connections
-
-    def sync(self, quiet: bool) -> None:
-        """Sync, unless this change is to be coalesced with the next; then sync again to see that nothing is left."""
-        self.pending = quiet
-        if quiet:
-            return
-        assert all(synced.result for synced in self.agent.sync())
-        before = [len(kernel.sent) for kernel in self.kernels.values()]
-        self.agent.sync()
-        assert [len(kernel.sent) for kernel in self.kernels.values()] == before, "a second sync wrote something"
-
-    @invariant()
-    def as_from_scratch(self) -> None:
-        if self.pending:
-            return
-        scratch = {family: FakeIpvs() for family in Family}
-        self.new_agent(scratch).sync()
-        for family, kernel in self.kernels.items():
-            assert kernel.read() == scratch[family].read()
 
     @invariant()
     def what_leaves_does_not_serve(self) -> None:

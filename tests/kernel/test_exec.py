@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -67,6 +69,17 @@ def test_a_program_whose_text_cannot_be_made_gets_no_end_of_it(tmp_path: Path) -
         run(["sh", "-c", f"cat > {tmp_path}/text; touch {acted}"], pieces())
     time.sleep(0.2)
     assert not acted.exists()
+
+
+def test_without_what_newer_kernels_and_more_rights_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    assert run(["cat"], [MEGABYTES, MEGABYTES]).out == 2 * MEGABYTES
+    with pytest.raises(subprocess.TimeoutExpired):
+        run(["sleep", "1000"], timeout=0.2)
 
 
 def test_a_program_that_is_not_there() -> None:
