@@ -92,6 +92,9 @@ class Netlink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._socket.close()
 
     def execute(self, requests: Sequence[Request]) -> list[int]:

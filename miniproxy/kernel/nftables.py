@@ -115,7 +115,9 @@ class Nftables:
                 self._writer = self._open()
             refused = write_elements(self._writer, self.family, TABLE, deleted, added)
         except OSError as error:
-            self._writer = None  # what it has not read yet would be taken for the answer to something else
+            if self._writer is not None:
+                self._writer.close()  # what it has not read yet would be taken for the answer to something else
+                self._writer = None
             raise TransactionError(f"nftables: {error}", transient=True) from None
         if refused:
             raise _refusal(refused, elements, f"{ip(self.family)} {TABLE}")
