@@ -228,7 +228,7 @@ class _Files:
         self._folder = folder
         self._known: dict[str, Signature] = {}  # () never matches: to be read again
         self._unreadable: set[str] = set()
-        self._plain = False  # the last scan met no link
+        self._plain = False  # the last scan found the folder, and no link
         self._begun = False
         self.disturbed = False  # something changed while the last scan was under way
 
@@ -236,6 +236,7 @@ class _Files:
         """Tell the index what changed; whether there is a folder at all."""
         self.disturbed = False
         tree = _Tree.of(self._folder, watch)
+        self._plain = False
         if tree is None:
             reason = "is not a folder that can be read: mount or make it; what was in it is still served"
             index.report(self._folder, [_FileProblem(0, "", reason)])
