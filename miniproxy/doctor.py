@@ -268,7 +268,8 @@ class Doctor:
             return Finding("note", about, f"cannot be followed: {error}")
         if not outcome.endpoints:
             last = outcome.branches[0].steps[-1:]
-            decided = "".join(f"decided by {step.place}: {step.rule}" for step in last)
+            words = "" if self.settings.mode == "iptables" else "in iptables mode's words, "
+            decided = "".join(f"{words}decided by {step.place}: {step.rule}" for step in last)
             return Finding("wrong", about, f"from this node {explain.sentence(outcome)}", decided)
         planned = f"by the rules, leads to {_named(map(str, outcome.endpoints))}"
         if not self._connecting or place.port.name.protocol != "TCP":

@@ -196,6 +196,31 @@ def exec_(name: str, where: str, cmd: tuple[str, ...]) -> None:
     os.execvpe("ip", place.command(words), place.environment())
 
 
+@command.command(context_settings={"ignore_unknown_options": True})
+@_name
+@click.argument("node")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def doctor(name: str, node: str, arguments: tuple[str, ...]) -> None:
+    """Run `miniproxy doctor` on a NODE with its agent's settings; ARGUMENTS are the doctor's.
+
+    \b
+    Examples:
+      miniproxy lab doctor node1
+      miniproxy lab doctor node1 default/empty
+      miniproxy lab doctor node2 10.96.0.10:80 --json
+    """
+    from ..lab import machine
+    from ..lab.subprocesses import python_module
+
+    with failing_clearly():
+        if _elsewhere(name):
+            raise SystemExit(machine.run(name, ["lab", "doctor", "--name", name, node, *arguments]))
+        lab = attach(name)
+        place, settings = lab.node(node), lab.agent_settings(node)
+    words = python_module("miniproxy", "doctor", *settings, *arguments)
+    os.execvpe("ip", place.command(words), place.environment())
+
+
 @command.command()
 @_name
 @click.argument("service")
@@ -306,6 +331,7 @@ def examples(name: str, mode: str) -> list[str]:
         f"{run} outside -- curl -s http://172.30.0.1:30080/",
         f"{run} client-1 -- curl -s 'http://[fd00:96::10]/'",
         f"{run} node1 -- {_LOOKS.get(mode, 'iptables-save -t nat')}",
+        f"miniproxy lab doctor{option} node1 default/empty",
         f"miniproxy lab scale{option} web 2",
         f"miniproxy lab down{option}",
     ]

@@ -213,7 +213,7 @@ class Lab:
         services do not answer within `timeout` seconds (30; more in user-mode Linux, where programs take long to
         start).
         """
-        self._agent_options = [f"--proxy-mode={mode}", f"--iptables-variant={variant}", *extra]
+        self._agent_options = list(extra)
         state.write_record(msgspec.structs.replace(self._record, mode=mode, variant=variant))
         for node in self.plan.nodes:
             self.start_agent(node.name)
@@ -221,16 +221,19 @@ class Lab:
 
     def start_agent(self, node: str) -> Process:
         """Starts the agent of one node, with the options of `start_agents`."""
-        place = self.node(node)
-        command = python_module(
-            "miniproxy",
-            "run",
+        command = python_module("miniproxy", "run", *self.agent_settings(node), *self._agent_options)
+        return self._start(node, self.node(node), command)
+
+    def agent_settings(self, node: str) -> list[str]:
+        """The options that an agent of this node runs with; doctor, plan and explain need the same."""
+        record = self._record
+        return [
             f"--source={self.manifests}",
             f"--hostname-override={node}",
             f"--cluster-cidr={','.join(CLUSTER_CIDRS)}",
-            *self._agent_options,
-        )
-        return self._start(node, place, command)
+            f"--proxy-mode={record.mode or 'iptables'}",
+            f"--iptables-variant={record.variant or 'auto'}",
+        ]
 
     def stop_agent(self, node: str, number: signal.Signals = signal.SIGTERM) -> None:
         """Signals the agent of a node and waits for its end; its rules stay. Raises LabError if it won't end."""

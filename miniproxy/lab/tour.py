@@ -14,6 +14,7 @@ import msgspec
 from .lab import Lab
 from .plan import OUTSIDE_IPS
 from .probe import Answer, Answers
+from .subprocesses import python_module
 
 _PATIENCE = 10.0  # seconds for the kernel to follow a change
 _AFTERMATH = 0.7  # seconds watched after a change has been seen to take effect
@@ -240,6 +241,23 @@ def restart(lab: Lab) -> Step:
     return step
 
 
+def doctor(lab: Lab) -> Step:
+    empty = lab.service("empty")
+    step = Step(
+        title="Why does my Service not work?",
+        about=f"`miniproxy doctor default/{empty.name}` on node1; ✘ is what is wrong",
+    )
+    argv = python_module("miniproxy", "doctor", f"default/{empty.name}", *lab.agent_settings("node1"), "--json")
+    findings = json.loads(lab.node("node1").run(*argv, check=False))["findings"]
+    wrong = [finding for finding in findings if finding["state"] == "wrong"]
+    step.rules = [f"✘ {finding['about']}: {finding['seen']} → {finding['advice']}" for finding in wrong]
+    missing = f"default/{empty.name}:http TCP IPv4 endpoints"
+    step.expect("it names the cause", any(f["about"] == missing and "empty" in f["seen"] for f in wrong), missing)
+    node = [finding["seen"] for finding in wrong if finding["section"] == "this node"]
+    step.expect("it finds nothing wrong with the node", not node, "; ".join(node))
+    return step
+
+
 STEPS: tuple[Callable[[Lab], Step], ...] = (
     cluster_ip,
     rules,
@@ -253,6 +271,7 @@ STEPS: tuple[Callable[[Lab], Step], ...] = (
     no_endpoints,
     scaling,
     restart,
+    doctor,
 )
 
 
