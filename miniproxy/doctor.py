@@ -55,6 +55,7 @@ class Doctor:
         self._variant = variant
         self._connecting = connecting
         self._families = list(agent.reconcilers)
+        self._walk = explain.Walks(agent.tracker, agent.settings, local_addresses)
         self._differing: dict[Family, dict[str, int]] = {}
 
     # -- the node
@@ -260,10 +261,8 @@ class Doctor:
         """Where a connection from this node to it ends, by the rules and in truth."""
         about = f"{place.kind} {_spelt(place.address, place.number)}"
         source = self.tracker.node.ip(place.port.family) or place.address
-        keys = [_key(port) for port in self.tracker.ports()]
-        packet = explain.packet(place, source, "")
         try:
-            outcome = explain.walk(self.tracker, self.settings, keys, packet, local_addresses(place.port.family))
+            outcome = self._walk(explain.packet(place, source, ""))
         except (TraceError, ValueError) as error:
             return Finding("note", about, f"cannot be followed: {error}")
         if not outcome.endpoints:

@@ -6,7 +6,7 @@ holds for them too; whether a kernel holds what is planned is for `miniproxy pla
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from . import trace
@@ -86,23 +86,37 @@ def _why_not(endpoint: Endpoint, serving: Serving, node: Node) -> str:
     return f"is on node {endpoint.node or '?'}, and the traffic policy is Local"
 
 
-def walk(
-    tracker: Tracker, settings: Settings, keys: Iterable[PortKey], packet: trace.Packet, local: Sequence[str] = ()
-) -> trace.Outcome:
-    """What the planned rules of these service ports do with a packet that opens a connection.
+class Walks:
+    """Walks packets through the rules that are planned for all service ports, made once for each family.
 
-    `local` are the node's addresses besides those of the Node object. Raises trace.TraceError.
+    `local` tells a family's addresses of the node, besides those of the Node object.
     """
-    family = packet.family
-    mine = {*local, *tracker.node.ips, "127.0.0.1", "::1"}
-    objects = list(iptables.frame(settings, tracker.node, family, sorted(mine)))
-    for key in keys:
-        port = tracker.port(key)
-        if port and port.family is family:
-            serving = categorize(port, tracker.endpoints(key), tracker.node)
-            objects += iptables.plan(port, serving, settings, tracker.node)
-    rules = trace.parse(iptables.show({o.key: o for o in objects}.values()))
-    return trace.trace(rules, packet, sorted(a for a in mine if Family.of(a) is family))
+
+    def __init__(self, tracker: Tracker, settings: Settings, local: Callable[[Family], Sequence[str]]) -> None:
+        self._tracker = tracker
+        self._settings = settings
+        self._local = local
+        self._rules: dict[Family, trace.Rules] = {}
+
+    def __call__(self, packet: trace.Packet) -> trace.Outcome:
+        """What becomes of a packet that opens a connection. Raises trace.TraceError."""
+        family = packet.family
+        local = self._addresses(family)
+        if family not in self._rules:
+            self._rules[family] = self._planned(family, local)
+        return trace.trace(self._rules[family], packet, local)
+
+    def _addresses(self, family: Family) -> list[str]:
+        mine = {*self._local(family), *self._tracker.node.ips, "127.0.0.1", "::1"}
+        return sorted(a for a in mine if Family.of(a) is family)
+
+    def _planned(self, family: Family, local: Sequence[str]) -> trace.Rules:
+        tracker, settings, node = self._tracker, self._settings, self._tracker.node
+        objects = list(iptables.frame(settings, node, family, local))
+        for key in tracker.keys(family):
+            if port := tracker.port(key):
+                objects += iptables.plan(port, categorize(port, tracker.endpoints(key), node), settings, node)
+        return trace.parse(iptables.show({o.key: o for o in objects}.values()))
 
 
 def packet(place: Place, source: str, interface: str) -> trace.Packet:

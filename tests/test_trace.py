@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from miniproxy.model import Family
-from miniproxy.trace import Outcome, Packet, Rules, Target, TraceError, Verdict, parse, trace
+from miniproxy.trace import Outcome, Packet, Rules, Target, TraceError, Verdict, _words, parse, trace
 
 from .golden_rules import golden, without_nfacct
 from .packets import behaviour
@@ -203,3 +207,14 @@ def test_counters_in_the_text_do_not_matter() -> None:
 def test_text_that_is_not_iptables_save_is_refused_with_its_line(text: str) -> None:
     with pytest.raises(TraceError, match=r"line [23] is not iptables-save output"):
         parse(text)
+
+
+@given(st.text("a-\"\\' !", max_size=12))
+def test_words_are_the_shells(text: str) -> None:
+    try:
+        wanted = shlex.split(text)
+    except ValueError:
+        with pytest.raises(ValueError, match="No "):
+            _words(text)
+    else:
+        assert _words(text) == wanted

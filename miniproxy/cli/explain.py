@@ -13,7 +13,7 @@ from .options import SettingsCommand, settings_options
 
 if TYPE_CHECKING:
     from ..agent import Agent
-    from ..explain import Candidate, Place
+    from ..explain import Candidate, Place, Walks
     from ..model import Problem
     from ..trace import Outcome
 
@@ -41,13 +41,15 @@ def command(loaded: Loaded, target: str, origin: str, interface: str, all_rules:
       miniproxy explain 172.30.0.2:30080 --from 203.0.113.7
       miniproxy explain [fd00:96::10]:80 --json
     """
-    from ..explain import concerns
+    from ..explain import Walks, concerns
+    from ..kernel.links import local_addresses
     from ..model import Family
     from .plan import planned
 
     agent, problems, _ = planned(loaded, list(Family))
     found = find_places(agent, target)
-    results = [_explain(agent, place, origin, interface) for place in found]
+    walk = Walks(agent.tracker, agent.settings, local_addresses)
+    results = [_explain(agent, walk, place, origin, interface) for place in found]
     services = {place.port.name[:2] for place in found}
     about = [p for p in problems if any(concerns(p, *service) for service in services)]
     if as_json:
@@ -99,19 +101,16 @@ class _Result:
         self.origin = origin
 
 
-def _explain(agent: Agent, place: Place, origin: str, interface: str) -> _Result:
+def _explain(agent: Agent, walk: Walks, place: Place, origin: str, interface: str) -> _Result:
     from .. import explain, trace
-    from ..kernel.links import local_addresses
 
     family = place.port.family
-    local = local_addresses(family)
     if origin == "node":
         source, interface = agent.tracker.node.ip(family) or place.address, ""
     else:
         source, interface = origin, interface or "eth0"
-    keys = [(port.name, port.family) for port in agent.tracker.ports()]
     try:
-        outcome = explain.walk(agent.tracker, agent.settings, keys, explain.packet(place, source, interface), local)
+        outcome = walk(explain.packet(place, source, interface))
     except (trace.TraceError, ValueError) as error:
         raise Failure(f"{place.address}:{place.number} from {origin}: {error}") from None
     candidates = explain.candidates(agent.tracker, (place.port.name, family))
