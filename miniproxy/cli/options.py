@@ -15,13 +15,16 @@ from collections.abc import Callable
 from functools import wraps
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..config import ConfigError, Loaded, load
+from ..config import ConfigError, Loaded, Settings, load
 from ..config_schema import FLAGS, Flag
 from .errors import Failure
+
+if TYPE_CHECKING:
+    from ..sources import Source
 
 
 class SettingOption(click.Option):
@@ -84,6 +87,16 @@ def load_or_fail(file: Path | None, flags: dict[str, object]) -> Loaded:
     except ConfigError as error:
         only_flags = all(problem.startswith("--") for problem in error.problems)
         raise Failure(*error.problems, code=2 if only_flags else 1) from None
+
+
+def source_or_fail(settings: Settings) -> Source:
+    """The source that the settings name; that there is none ends the command."""
+    from .. import sources
+
+    try:
+        return sources.choose(settings)
+    except ValueError as error:
+        raise Failure(str(error), code=2) from None
 
 
 def _remember(function: Callable[..., Any], param: click.Option) -> None:

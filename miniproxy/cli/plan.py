@@ -11,7 +11,7 @@ import click
 
 from ..config import Loaded
 from .errors import Failure
-from .options import SettingsCommand, settings_options
+from .options import SettingsCommand, settings_options, source_or_fail
 
 if TYPE_CHECKING:
     from ..agent import Agent
@@ -54,21 +54,14 @@ def command(loaded: Loaded, family: str, diff: bool, as_json: bool) -> None:
 
 def planned(loaded: Loaded, families: list[Family]) -> tuple[Agent, list[Problem], Dataplane]:
     """An agent that knows what the source holds and has planned it for this dataplane, and has written nothing."""
-    from .. import sources
     from ..agent import Agent
     from ..backends import choose
     from ..kernel.links import local_addresses
     from ..problems import News
 
     settings = loaded.settings
-    try:
-        source = sources.choose(settings)
-    except ValueError as error:
-        raise Failure(str(error), code=2) from None
-    try:
-        dataplane = choose(settings, probing=False)
-    except ValueError as error:
-        raise Failure(str(error)) from None
+    source = source_or_fail(settings)
+    dataplane = choose(settings, probing=False)
     problems: list[Problem] = []
 
     def collect(news: News) -> None:

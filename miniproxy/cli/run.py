@@ -15,7 +15,7 @@ from .. import log as logs
 from ..config import ConfigError, Loaded, Settings, load
 from ..log import fields
 from .errors import Failure
-from .options import SettingsCommand, announce, settings_options
+from .options import SettingsCommand, announce, settings_options, source_or_fail
 
 if TYPE_CHECKING:
     from ..backends import Dataplane
@@ -66,13 +66,8 @@ def _initialize(loaded: Loaded) -> None:
 
 def _serve(loaded: Loaded) -> str:
     """Run with one configuration until a signal ends it; says which: "stop" or "reload"."""
-    from .. import sources
-
     settings = loaded.settings
-    try:
-        source = sources.choose(settings)
-    except ValueError as error:
-        raise Failure(str(error), code=2) from None
+    source = source_or_fail(settings)
     stop = threading.Event()
     # The source lists while all the rest is loaded and the kernel is read; what it finds waits for the loop.
     looping: Future[SyncLoop] = Future()
@@ -137,8 +132,8 @@ def _dataplane(settings: Settings) -> Dataplane:
     from ..kernel import host
     from ..transaction import TransactionError
 
+    dataplane = choose(settings)
     try:
-        dataplane = choose(settings)
         dataplane.prepare()
     except (ValueError, TransactionError) as error:
         raise Failure(str(error)) from None
