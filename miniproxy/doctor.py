@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -114,7 +115,7 @@ class Doctor:
             try:
                 differing = self.differing(family)
             except TransactionError as error:
-                yield Finding("note", about, f"cannot be read: {error}", "it takes root: try again with sudo")
+                yield _unread(about, error)
                 continue
             if differing:
                 count = sum(differing.values())
@@ -148,7 +149,8 @@ class Doctor:
             yield Finding("fine", "other service proxies", "none has left anything here")
 
     def _forwarding(self, saved: dict[str, str]) -> Iterator[Finding]:
-        wrong = [problem for family in self._families if (problem := sysctl.forwarding_problem(family))]
+        used = {port.family for port in self.tracker.ports()}
+        wrong = [problem for family in sorted(used) if (problem := sysctl.forwarding_problem(family))]
         for problem in wrong:
             yield Finding("wrong", "forwarding", problem)
         if not wrong:
@@ -248,7 +250,7 @@ class Doctor:
         try:
             missing = self.differing(port.family).get(str(port.name), 0)
         except TransactionError as error:
-            yield Finding("note", about, f"cannot be read: {error}", "it takes root: try again with sudo")
+            yield _unread(about, error)
             return
         count = len(self.agent.reconcilers[port.family].wanted(port.name))
         if missing:
@@ -278,6 +280,11 @@ class Doctor:
             advice = "if its endpoints answer when asked directly, something else on the way drops or rewrites it"
             return Finding("wrong", about, f"{answer}; {planned}", advice)
         return Finding("fine", about, f"connects; {planned}")
+
+
+def _unread(about: str, error: TransactionError) -> Finding:
+    advice = "it takes root: try again with sudo" if os.geteuid() else ""
+    return Finding("note", about, f"cannot be read: {error}", advice)
 
 
 def _ask(where: str, path: str) -> tuple[int, str] | None:
