@@ -65,6 +65,7 @@ _SCHEDULER_FLAGS = {8: "flag-1", 16: "flag-2", 32: "flag-3"}
 _FLAG_NAMES = {("sh", 8): "sh-fallback", ("sh", 16): "sh-port", ("mh", 8): "mh-fallback", ("mh", 16): "mh-port"}
 _FLAG_BITS = {name: bit for (_, bit), name in _FLAG_NAMES.items()} | {v: k for k, v in _SCHEDULER_FLAGS.items()}
 _FORWARD = {"m": 0, "i": 2, "g": 3}
+_FORWARD_LETTERS = {0: "m", 1: "l", 2: "i", 3: "g"}
 _FORWARD_NAMES = {"Masq": "m", "Tunnel": "i", "Route": "g", "Local": "l"}
 _PROTOCOL_NAMES: dict[int, Protocol] = {number: name for name, number in PROTOCOL_NUMBERS.items()}
 _AF = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
@@ -223,20 +224,33 @@ class Ipvs:
     def servers(self, family: Family) -> list[VirtualServer]:
         """All virtual servers of a family with all their real servers, also those of weight 0."""
         found = self.services(family)
-        # The kernel hands the list over page by page, and looks for its place in it each time.
         reals = _real_servers((_PROC / "ip_vs").read_text(), family) if found else {}
-        return [server._replace(servers=tuple(sorted(reals.get(server.key, ())))) for server in found]
+        for server in found:
+            # A message for each takes ten times as long as reading the file, but the file is not complete where several
+            # network namespaces have IPVS, as kind's nodes do: from page to page the kernel finds its place by counting
+            # this namespace's virtual servers, and has counted all before.
+            if server.key not in reals:
+                reals[server.key] = [real for real, _ in self._dump(server)]
+        return [server._replace(servers=tuple(sorted(reals[server.key]))) for server in found]
 
     def loads(self, service: VirtualServer) -> Iterator[tuple[Server, Load]]:
         """The real servers of weight 0 of a virtual server. Raises OSError (ESRCH when it is gone)."""
+        for real, load in self._dump(service):
+            if not real.weight:
+                yield Server(real.address, real.port), load
+
+    def _dump(self, service: VirtualServer) -> Iterator[tuple[RealServer, Load]]:
         identity = attribute(_ATTR_SERVICE, encode_service(service, whole=False))
         family, _ = _address(service.address)
         for payload in self._netlink.dump(Request(self._kind, _HEADER.pack(_GET_DEST, _VERSION, 0) + identity)):
             found = attributes(attributes(payload[_HEADER.size :]).get(_ATTR_DEST, b""))
-            if found and not _u32.unpack(found[_DEST_WEIGHT])[0]:
-                address = _text(family, found[_DEST_ADDR])
-                server = Server(address, _be16.unpack(found[_DEST_PORT])[0])
-                yield server, Load(_u32.unpack(found[_DEST_ACTIVE])[0], _u32.unpack(found[_DEST_INACTIVE])[0])
+            if found:
+                forward, weight, active, inactive = (
+                    _u32.unpack(found[kind])[0] for kind in (_DEST_FORWARD, _DEST_WEIGHT, _DEST_ACTIVE, _DEST_INACTIVE)
+                )
+                port = _be16.unpack(found[_DEST_PORT])[0]
+                real = RealServer(_text(family, found[_DEST_ADDR]), port, weight, _FORWARD_LETTERS.get(forward, "?"))
+                yield real, Load(active, inactive)
 
     def has_scheduler(self, name: str) -> bool:
         """Try it on a virtual server that no packet can reach; the kernel loads the module if it can."""

@@ -23,7 +23,7 @@ from miniproxy.model import Batch, Family, Object, Service, ServicePort, Service
 from miniproxy.planner import ipvs
 from miniproxy.planner.ipvs_text import IpSet, SetEntry
 from miniproxy.transaction import Transaction, TransactionError
-from tests import world
+from tests import cluster, world
 from tests.golden_rules import golden
 from tests.packets.topology import settle
 
@@ -92,6 +92,19 @@ def test_what_is_written_reads_back_as_planned(before: Any, after: Any) -> None:
             assert reconciler.backend.read() == reconciler.desired, family
         for server in space.servers():
             assert all(real.weight == 1 or server.protocol == "TCP" for real in server.servers)
+
+
+def test_several_namespaces_with_ipvs_are_told_apart() -> None:
+    """The nodes of kind are such. Some 30 virtual servers fill a page of /proc/net/ip_vs, and at the next the kernel
+    passes over as many as other namespaces had before.
+    """
+    objects = [thing for n in range(100) for thing in (cluster.service(n), cluster.endpoints(n, 2))]
+    Node(objects).sync()
+    with space.network_namespace():
+        node = Node(objects)
+        node.sync()
+        assert node.agent.reconcilers[Family.V4].adopt() == 0
+        assert sum(len(server.servers) for server in space.servers()) == 200
 
 
 @cache

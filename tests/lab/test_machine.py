@@ -60,6 +60,15 @@ def test_the_commands_reach_into_it(name: str) -> None:
         assert "rr" in lab("exec", "node1", "--", "ipvsadm", "-Ln").stdout
         assert lab("scale", "web", "1").stdout == "web: web-1\n"
         assert eventually(lambda: {reached() for _ in range(3)} == {"web-1"})
+
+        healthy = lab("doctor", "node1", "default/web")
+        assert healthy.returncode == 0, healthy.stdout
+        assert ", mode ipvs\n" in healthy.stdout
+        assert lab("exec", "node1", "--", "ipvsadm", "-D", "-t", "10.96.0.10:80").returncode == 0
+        sick = lab("doctor", "node1", "default/web")
+        assert sick.returncode == 1
+        assert "✘ default/web:http TCP IPv4 in the kernel: 1 objects are not as planned" in sick.stdout
+
         assert lab("exec", "node1", "--", "sh", "-c", "echo no >&2; exit 7").returncode == 7
         nowhere = lab("exec", "nowhere", "--", "true")
         assert nowhere.returncode == 1
