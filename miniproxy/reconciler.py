@@ -39,7 +39,7 @@ class Reconciler:
         self._wanted: dict[Owner, tuple[Any, ...]] = {}
         self._owner: dict[Hashable, Owner] = {}  # who has a key
         self._rivals: dict[Hashable, list[Owner]] = {}  # all who want it, its owner first, where there are several
-        self._contested: dict[Owner, None] = {}  # who wants a key whose rivals are others than before
+        self._contested: dict[Owner, None] = {}  # who wants a key that its owner has with other content than before
         self._desired: dict[Hashable, Any] = {}  # what owners want
         self._applied: dict[Hashable, Any] = {}
         self._dirty: dict[Hashable, Owner] = {}  # where the two differ, in the order found, and whose it is
@@ -92,8 +92,7 @@ class Reconciler:
             if key not in before:
                 self._claim(key, obj, owner)
             elif before[key] != obj and self._owner[key] == owner:
-                self._desired[key] = obj
-                self._contested.update(dict.fromkeys(self._rivals.get(key, ())))
+                self._replace(key, obj)
                 self._compare(key, owner)
 
     def _claim(self, key: Hashable, obj: Any, owner: Owner) -> None:
@@ -106,7 +105,6 @@ class Reconciler:
         rivals.append(owner)
         # The frame first, then the smallest name: who wins a conflict must not depend on who came first.
         rivals.sort(key=lambda o: (o is not None, o or ()))
-        self._contested.update(dict.fromkeys(rivals))
         self._give(key, rivals[0])
         self._compare(key, owner)
 
@@ -116,14 +114,18 @@ class Reconciler:
             del self._owner[key], self._desired[key]
             return
         rivals.remove(owner)
-        self._contested.update(dict.fromkeys(rivals))
         self._give(key, rivals[0])
         if len(rivals) == 1:
             del self._rivals[key]
 
     def _give(self, key: Hashable, owner: Owner) -> None:
         self._owner[key] = owner
-        self._desired[key] = next(obj for obj in self._wanted[owner] if obj.key == key)
+        self._replace(key, next(obj for obj in self._wanted[owner] if obj.key == key))
+
+    def _replace(self, key: Hashable, obj: Any) -> None:
+        if obj != self._desired[key]:  # else rivals share it, and nobody loses or wins
+            self._desired[key] = obj
+            self._contested.update(dict.fromkeys(self._rivals.get(key, ())))
 
     def _compare(self, key: Hashable, owner: Owner) -> None:
         """Note whether a key is as it should be; `owner` answers for it where nobody wants it any more."""

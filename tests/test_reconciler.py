@@ -66,6 +66,22 @@ def test_shared_objects_go_with_their_last_user(reconciler: Reconciler, kernel: 
     assert shared.name not in kernel.tables["nat"]
 
 
+def test_only_those_whose_conflicts_change_are_contested(reconciler: Reconciler) -> None:
+    """A hundred Services may share an address; that one of them comes or goes is nothing to the others."""
+    shared = Chain("nat", "KUBE-SEP-AAAAAAAAAAAAAAAA", ("-j RETURN",))
+    for n in (2, 3, 4):
+        reconciler.set(name(n), [*objects(n), shared])
+    assert reconciler.take_contested() == ()
+    reconciler.set(name(2), objects(2))
+    assert reconciler.take_contested() == ()
+    reconciler.set(name(1), [Chain("nat", shared.name, ("-j ACCEPT",))])
+    assert set(reconciler.take_contested()) == {name(1), name(3), name(4)}
+    assert reconciler.conflicts(name(4)) == [(shared.key, name(1))]
+    reconciler.set(name(1), ())
+    assert set(reconciler.take_contested()) == {name(3), name(4)}
+    assert reconciler.conflicts(name(4)) == []
+
+
 @pytest.mark.parametrize("first", [2, 3])
 def test_conflict_goes_to_the_smaller_name_whoever_came_first(
     reconciler: Reconciler, kernel: FakeIptables, first: int
