@@ -100,3 +100,17 @@ def test_other_modes_say_whose_rules_these_are(folder: Path, mode: str) -> None:
     assert done.exit_code == 0, done.output
     assert f"decide the same as {mode} mode does" in done.output
     assert "decide the same" not in explain(folder, "feat/noep").output
+
+
+@pytest.mark.parametrize(
+    ("mode", "line"),
+    [
+        ("nftables", "      add element ip miniproxy endpoints { 10.98.1.1 . tcp . 80 . 20000 : 10.181.0.1 . 8080"),
+        ("ipvs", "      -a -t 10.98.1.1:80 -r 10.181.0.1:8080 -m -w 1"),
+    ],
+)
+def test_in_other_modes_their_own_words_stand_beside(folder: Path, mode: str, line: str) -> None:
+    done = explain(folder, "dual/cip", "--all-rules", "--proxy-mode", mode)
+    assert done.exit_code == 0, done.output
+    assert any(each.startswith(line) for each in done.output.splitlines())
+    assert "in the kernel, " not in explain(folder, "dual/cip", "--proxy-mode", mode).output

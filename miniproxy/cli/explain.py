@@ -14,7 +14,7 @@ from .options import SettingsCommand, settings_options
 if TYPE_CHECKING:
     from ..agent import Agent
     from ..explain import Candidate, Place, Walks
-    from ..model import Problem
+    from ..model import Problem, ServicePort
     from ..trace import Outcome
 
 
@@ -154,7 +154,7 @@ def _print(agent: Agent, problems: list[Problem], results: list[_Result], all_ru
     if mode != "iptables":
         click.echo(
             f"the way is shown by the rules of iptables mode, which decide the same as {mode} mode does (docs/modes.md "
-            f"has the exceptions); miniproxy plan --proxy-mode {mode} prints what the kernel holds"
+            f"has the exceptions); --all-rules also shows what {mode} mode has for the Service"
         )
     shown: set[object] = set()
     for result in results:
@@ -162,6 +162,8 @@ def _print(agent: Agent, problems: list[Problem], results: list[_Result], all_ru
         if key not in shown:
             shown.add(key)
             _print_port(result)
+            if all_rules and mode != "iptables":
+                _print_own(agent, result.place.port)
         _print_way(result, all_rules)
 
 
@@ -179,6 +181,19 @@ def _print_port(result: _Result) -> None:
         where = f"on {c.endpoint.node}" if c.endpoint.node else "on no node"
         state = f"serves {' and '.join(roles)} traffic" if roles else f"serves nothing here: {c.why_not}"
         click.echo(f"  {'✔' if roles else '✘'} {c.endpoint} {where} {state}")
+
+
+def _print_own(agent: Agent, port: ServicePort) -> None:
+    """What the kernel has to be told of a service port alone; what serves others too is not shown."""
+    from ..transaction import Change
+
+    reconciler = agent.reconcilers[port.family]
+    changes = [Change(obj.key, None, obj) for obj in reconciler.wanted(port.name)]
+    shared = ("add table ", "add set ", "add map ", "add chain ", "add rule ")  # an affinity group's
+    click.echo(f"  in the kernel, {agent.settings.mode} mode:")
+    for line in reconciler.backend.render(changes).text.splitlines():
+        if not line.startswith(shared):
+            click.echo(f"      {line}")
 
 
 def _print_way(result: _Result, all_rules: bool) -> None:
