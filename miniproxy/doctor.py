@@ -261,7 +261,8 @@ class Doctor:
 
     def _place(self, place: Place) -> Finding:
         """Where a connection from this node to it ends, by the rules and in truth."""
-        about = f"{place.kind} {_spelt(place.address, place.number)}"
+        protocol = place.port.name.protocol
+        about = f"{place.kind} {_spelt(place.address, place.number)}{'' if protocol == 'TCP' else f' {protocol}'}"
         source = self.tracker.node.ip(place.port.family) or place.address
         try:
             outcome = self._walk(explain.packet(place, source, ""))
@@ -273,7 +274,7 @@ class Doctor:
             decided = "".join(f"{words}decided by {step.place}: {step.rule}" for step in last)
             return Finding("wrong", about, f"from this node {explain.sentence(outcome)}", decided)
         planned = f"by the rules, leads to {_named(map(str, outcome.endpoints))}"
-        if not self._connecting or place.port.name.protocol != "TCP":
+        if not self._connecting or protocol != "TCP":
             return Finding("fine", about, planned)
         answer = _connect(place.address, place.number)
         if answer:
