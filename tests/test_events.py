@@ -15,6 +15,7 @@ from miniproxy.events import BURST, FOLD_SECONDS, PER_SECOND, Folder, Recorder
 from miniproxy.model import Problem, Ref
 from miniproxy.problems import News
 from miniproxy.sources.apiserver import ApiServer
+from tests.clock import Clock
 
 WEB = Ref("Service", "ns", "web")
 EVENTS = "/apis/events.k8s.io/v1/namespaces/ns/events"
@@ -107,14 +108,6 @@ def api() -> Iterator[Api]:
     api.server.shutdown()
     api.server.server_close()
     thread.join()
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Bench:

@@ -15,15 +15,8 @@ from miniproxy.planner import iptables
 from miniproxy.syncloop import Pacer, SyncLoop
 from miniproxy.transaction import TransactionError
 from tests import cluster
+from tests.clock import Clock
 from tests.fake_iptables import FakeIptables
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Bench:

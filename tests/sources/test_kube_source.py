@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import random
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,7 @@ from miniproxy.tracker import Tracker
 
 from .broken import endpoint_slice, node, put, service
 from .fake_api import PATHS, FakeApi, Store, troubled
-
-PATIENCE_SECONDS = 60.0  # how long to wait for what must come; nothing is asserted about the time it takes
+from .running import PATIENCE_SECONDS, Running
 
 
 @pytest.fixture(autouse=True)
@@ -48,39 +45,21 @@ def store() -> Store:
     return store
 
 
-class Watching:
+class Watching(Running):
     """A running source, and an agent's tracker fed by it."""
 
     def __init__(self, api: ApiServer, service_cidrs: bool = False) -> None:
         self.source = KubeSource(api, "n1", service_cidrs)
         self.tracker = Tracker("n1")
         self.problems = Problems()
-        self.batches: list[Batch] = []
-        self._queue: queue.SimpleQueue[Batch] = queue.SimpleQueue()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self.source.run, args=(self._queue.put, self._stop), daemon=True)
+        super().__init__(self.source)
 
-    def __enter__(self) -> Watching:
-        self._thread.start()
-        return self
+    def __str__(self) -> str:
+        return f"problems {list(self.problems)}"
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(PATIENCE_SECONDS)
-        assert not self._thread.is_alive()
-
-    def until(self, condition: Callable[[], object]) -> None:
-        """Take in batches until the condition holds."""
-        end = time.monotonic() + PATIENCE_SECONDS
-        while not condition():
-            try:
-                batch = self._queue.get(timeout=0.02)
-            except queue.Empty:
-                assert time.monotonic() < end, f"never came true; {list(self.problems)}"
-                continue
-            self.batches.append(batch)
-            self.tracker.apply(batch)
-            self.problems.of_batch(batch)
+    def take(self, batch: Batch) -> None:
+        self.tracker.apply(batch)
+        self.problems.of_batch(batch)
 
     def until_asked(self, server: FakeApi, times: int) -> None:
         asked = len(server.requests) + times

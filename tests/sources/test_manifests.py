@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,7 @@ from miniproxy.sources.manifests import MAX_FILE_BYTES, ManifestSource
 from miniproxy.sources.wire import convert
 
 from .broken import broken_objects, endpoint_slice, node, put, service
-
-PATIENCE_SECONDS = 30.0  # how long to wait for what must come; nothing is asserted about the time it takes
+from .running import Running
 
 
 def web(name: str, port: int = 80) -> Any:
@@ -37,40 +34,20 @@ def ref(name: str) -> Ref:
     return Ref("Service", "default", name)
 
 
-class Watched:
+class Watched(Running):
     """A running source, and what a consumer knows from its batches by the rules of `Batch`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.objects: dict[Ref, Object] = {}
         self.problems: dict[Ref, list[Problem]] = {}
-        self.batches: list[Batch] = []
         self.synced = False
-        self._queue: queue.SimpleQueue[Batch] = queue.SimpleQueue()
-        self._stop = threading.Event()
-        source = ManifestSource(folder)
-        self._thread = threading.Thread(target=source.run, args=(self._queue.put, self._stop), daemon=True)
+        super().__init__(ManifestSource(folder))
 
-    def __enter__(self) -> Watched:
-        self._thread.start()
-        return self
+    def __str__(self) -> str:
+        return f"objects {self.objects}; problems {self.problems}"
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(PATIENCE_SECONDS)
-        assert not self._thread.is_alive()
-
-    def until(self, condition: Callable[[], object]) -> None:
-        """Take in batches until the condition holds."""
-        end = time.monotonic() + PATIENCE_SECONDS
-        while not condition():
-            try:
-                self._take(self._queue.get(timeout=max(0.0, end - time.monotonic())))
-            except queue.Empty:
-                pytest.fail(f"never came true; objects {self.objects}; problems {self.problems}")
-
-    def _take(self, batch: Batch) -> None:
-        self.batches.append(batch)
+    def take(self, batch: Batch) -> None:
         for over in (*batch.deletes, *(thing.ref for thing in batch.upserts)):
             self.problems.pop(over, None)
         for problem in batch.problems:
