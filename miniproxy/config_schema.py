@@ -536,7 +536,7 @@ FLAGS = (
         TEXT,
         "source",
         _SOURCE,
-        "Folder of Kubernetes manifests to watch, instead of an API server.",
+        "Folder of Kubernetes manifests to watch, or one file, instead of an API server.",
     ),
     Flag(
         "kubeconfig",

@@ -16,6 +16,7 @@ from miniproxy.cli import COMMANDS, group
 from miniproxy.cli.options import SettingsCommand, settings_options
 from miniproxy.config import Loaded
 from miniproxy.config_schema import FLAGS
+from tests.golden_rules import GOLDEN
 
 HEAVY = ("kubernetes", "pyroute2", "yaml", "rich", "prometheus_client", "msgspec", "logging", "asyncio")
 KUBEADM = Path(__file__).parent / "configs" / "kubeadm.yaml"
@@ -173,3 +174,26 @@ def test_show_as_table_and_as_json() -> None:
     assert shown["settings"]["conntrack_max_per_core"] is None
     assert shown["origins"]["cluster_cidrs"] == {"kind": "file", "where": f"{KUBEADM}:10", "field": "clusterCIDR"}
     assert set(shown["settings"]) == set(shown["origins"]) == set(rows)
+
+
+@pytest.mark.parametrize("command", [["plan"], ["explain", "default/web"], ["doctor"]])
+def test_a_source_that_is_not_there_is_named_and_not_waited_for(command: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(group, [*command, "--source", str(tmp_path / "nothing")])
+    assert done.exit_code == 1
+    assert f"{tmp_path}/nothing is no folder, and no file" in done.output
+
+
+def test_a_saved_cluster_is_looked_at_without_one(tmp_path: Path) -> None:
+    """As `kubectl get nodes,services,endpointslices -A -o json` prints it."""
+    kinds = [json.loads((GOLDEN / f"{kind}.json").read_text()) for kind in ("services", "endpointslices")]
+    names = {"ServiceList": ("v1", "Service"), "EndpointSliceList": ("discovery.k8s.io/v1", "EndpointSlice")}
+    things = [
+        {"apiVersion": names[found["kind"]][0], "kind": names[found["kind"]][1], **item}
+        for found in kinds
+        for item in found["items"]
+    ]
+    dump = tmp_path / "cluster.json"
+    dump.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": things}))
+    done = CliRunner().invoke(group, ["explain", "feat/cip", "--source", str(dump), "--hostname-override", "n1"])
+    assert done.exit_code == 0, done.output
+    assert "reaches " in done.output

@@ -80,8 +80,9 @@ def planned(loaded: Loaded, families: list[Family]) -> tuple[Agent, list[Problem
         agent.handle(batch)
         if batch.synced:
             stop.set()
-        elif unreadable := [problem for problem in batch.problems if problem.ref.kind == "API"]:
-            raise Failure(unreadable[0].reason)
+        elif unreadable := [problem for problem in batch.problems if problem.ref.kind in ("API", "File")]:
+            ref, reason = unreadable[0].ref, unreadable[0].reason
+            raise Failure(reason if ref.kind == "API" else f"{ref.name} {reason}")
 
     source.run(once, stop)
     agent.replan()

@@ -1,4 +1,5 @@
-"""A watched folder of manifests: the cluster as files, for nodes without an API server and for ConfigMaps.
+"""A watched folder of manifests, or one file: the cluster as files, for nodes without an API server, for ConfigMaps,
+and for a look at what `kubectl get -o json` has saved of another cluster.
 
 It answers for noticing every change of the files within a fraction of a second and for what counts when they
 disagree; it hands on the objects that changed. Whatever cannot be read keeps its last good version and is
@@ -36,11 +37,13 @@ SETTLE_LIMIT_SECONDS = 0.3
 RESCAN_SECONDS = 5.0  # for what inotify does not see: network file systems, changes by way of a mapping
 STOP_SECONDS = 0.25  # how long `stop` may go unnoticed
 TRUNCATED_SECONDS = 0.5  # how long the word that a file was truncated may take to come
+_KEPT = "mount or make it; what was in it is still served"
 YOUNG_NS = 50_000_000  # a file changed that recently may change again under the same time stamp
 
 
 class ManifestSource:
-    """Source of the Services, EndpointSlices and Nodes in the *.yaml, *.yml and *.json files below `folder`.
+    """Source of the Services, EndpointSlices and Nodes in the *.yaml, *.yml and *.json files below `folder`, which may
+    be one such file.
 
     Hidden files and folders are left out, symbolic links are followed. Every Node is handed over, not only
     this machine's.
@@ -230,6 +233,7 @@ class _Files:
         self._unreadable: set[str] = set()
         self._plain = False  # the last scan found the folder, and no link
         self._begun = False
+        self._loaded = False  # at least one file has been read without fault
         self.disturbed = False  # something changed while the last scan was under way
 
     def scan(self, index: _Index, watch: Watcher) -> bool:
@@ -238,7 +242,7 @@ class _Files:
         tree = _Tree.of(self._folder, watch)
         self._plain = False
         if tree is None:
-            reason = "is not a folder that can be read: mount or make it; what was in it is still served"
+            reason = f"is no folder, and no file ({', '.join(SUFFIXES)}), that can be read: {_KEPT}"
             index.report(self._folder, [_FileProblem(0, "", reason)])
             return False
         index.report(self._folder, ())
@@ -254,7 +258,8 @@ class _Files:
         for path, reason in tree.unreadable.items():
             index.report(path, [_FileProblem(0, "", reason)])
         self._unreadable = set(tree.unreadable)
-        return True
+        # One file that cannot be read is not a cluster without Services.
+        return self._loaded or os.path.isdir(self._folder)
 
     def glance(self, paths: Iterable[str], index: _Index, watch: Watcher) -> bool:
         """The same for changes in these places, whatever else the folder holds; False when that takes a scan: through
@@ -310,6 +315,7 @@ class _Files:
         except OSError as error:
             index.report(path, [_FileProblem(0, "", _cannot(error))])
         else:
+            self._loaded = True
             index.put(path, entries)
             index.report(path, problems)
         return signature
@@ -378,9 +384,16 @@ class _Tree(NamedTuple):
 
     @staticmethod
     def of(folder: str, watch: Watcher) -> _Tree | None:
-        """Walk it and watch all of it; None if there is no such folder."""
+        """Walk it and watch all of it; None if there is no such folder or file."""
         tree = _Tree({}, {}, set())
         watched: set[str] = set()
+        if os.path.isfile(folder) and folder.endswith(SUFFIXES):
+            tree.links.add(folder)  # its folder is watched, in which no other file is of interest
+            watched.add(os.path.dirname(folder) or ".")
+            watch.watch(os.path.dirname(folder) or ".")
+            tree._is_folder(folder, watched, watch)
+            watch.keep(watched)
+            return tree
         walked: set[tuple[int, int]] = set()  # a link may lead back up
         waiting = [folder]
         while waiting:

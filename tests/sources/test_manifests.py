@@ -600,3 +600,38 @@ def test_an_event_that_was_lost_has_everything_looked_at(tmp_path: Path, scans: 
         assert watch.changed() == set()
     finally:
         watch.close()
+
+
+# --- one file ---------------------------------------------------------------------------------------------
+
+
+def test_one_file_is_watched_and_its_neighbours_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "dump.json"
+    path.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": [web("a"), web("b")]}))
+    (tmp_path / "other.yaml").write_text(text(web("c")))
+    with Watched(path) as running:
+        running.until_synced()
+        assert running.objects.keys() == {ref("a"), ref("b")}
+        (tmp_path / "other.yaml").write_text(text(web("d")))
+        path.write_text(json.dumps(web("a", 81)))
+        running.until(lambda: running.port("a") == 81)
+        assert running.objects.keys() == {ref("a")}
+        path.rename(tmp_path / "gone")
+        running.until(lambda: running.about(path))
+        replace(path, json.dumps(web("a", 82)))
+        running.until(lambda: running.port("a") == 82)
+        assert running.problems == {}
+        assert ref("a") not in [gone for batch in running.batches for gone in batch.deletes]
+
+
+@pytest.mark.parametrize("name", ["dump.json", "dump"])
+def test_one_file_that_cannot_be_read_is_not_an_empty_cluster(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("{" if name == "dump.json" else json.dumps(web("a")))
+    with Watched(path) as running:
+        running.until(lambda: running.about(path))
+        assert not running.synced
+        if name == "dump.json":
+            path.write_text(json.dumps(web("a")))
+            running.until_synced()
+            assert running.port("a") == 80
