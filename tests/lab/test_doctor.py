@@ -259,3 +259,14 @@ def test_for_people(sick: Sick) -> None:
     assert any(line.startswith("  ✔ the agent: is healthy") for line in lines)
     assert any(line.startswith("  ✘ ") for line in lines)
     assert any(line.startswith("      → see its selector") for line in lines)
+
+
+def test_without_root_it_says_what_it_cannot_see(sick: Sick) -> None:
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    argv = [sys.executable, "-m", "miniproxy", "doctor", "--json", *sick.settings(sick.mode)]
+    done = sick.inside(*nobody, *argv)
+    if "Permission denied" in done.stderr and not done.stdout:
+        pytest.skip(f"nobody may not run {sys.executable} here: {done.stderr.splitlines()[-1]}")
+    said = Said(done.returncode, msgspec.json.decode(done.stdout)["findings"], done.stderr)
+    assert {state for state, _ in said.about("the kernel, IPv4") + said.about("other service proxies")} == {"note"}
+    assert said.about("the agent")[0][0] == "fine"
