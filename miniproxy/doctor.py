@@ -18,7 +18,8 @@ from typing import Literal, NamedTuple
 from . import explain
 from .agent import Agent
 from .explain import Place
-from .kernel import inspection, sysctl
+from .flows import CONNECTIONLESS, Flows
+from .kernel import conntrack, inspection, sysctl
 from .kernel.iptables import Variant
 from .kernel.links import local_addresses
 from .model import Endpoint, Family, PortKey, Problem, ServicePort
@@ -31,6 +32,7 @@ State = Literal["fine", "note", "wrong"]
 _FULL = 0.9  # of conntrack's table: new connections are dropped when there is no place
 _CATCH_UP = 1.0  # seconds an agent that runs gets for what it has not written yet
 _PATIENCE = 2.0  # seconds for an answer; a SYN is sent again after one
+_SUDO = "it takes root: try again with sudo"
 _MOST = 8  # endpoints that are connected to, names in a list
 
 
@@ -138,7 +140,7 @@ class Doctor:
 
     def _others(self, saved: dict[str, str]) -> Iterator[Finding]:
         if os.geteuid():
-            yield Finding("note", "other service proxies", "cannot be looked for", "it takes root: try again with sudo")
+            yield Finding("note", "other service proxies", "cannot be looked for", _SUDO)
             return
         mode = self.settings.mode
         found = inspection.traces(self._families, saved)
@@ -202,6 +204,7 @@ class Doctor:
         for port in dict.fromkeys(place.port for place in places):
             yield from self._endpoints(port)
             yield from self._programmed(port)
+            yield from self._flows(port)
         for place in places:
             yield self._place(place)
 
@@ -262,6 +265,26 @@ class Doctor:
         else:
             yield Finding("fine", about, f"all {count} objects are as planned")
 
+    def _flows(self, port: ServicePort) -> Iterator[Finding]:
+        """Whether clients without connections are still sent to endpoints that are gone."""
+        if port.name.protocol not in CONNECTIONLESS:
+            return
+        about = f"{_name(port)} flows"
+        serving = categorize(port, self.tracker.endpoints(_key(port)), self.tracker.node)
+        flows = Flows(local_addresses)
+        flows.change(_key(port), port, map(str, serving.reachable))
+        try:
+            stale = flows.left_over(conntrack.flows(port.family))
+        except OSError as error:
+            yield _unread(about, error)
+            return
+        if stale:
+            gone = _named(sorted({flow.endpoint for flow in stale}))
+            advice = f"a healthy agent forgets them; by hand: conntrack -D -p {port.name.protocol.lower()} -r ADDRESS"
+            yield Finding("wrong", about, f"{len(stale)} still go to {gone}, which do not serve", advice)
+        else:
+            yield Finding("fine", about, "none goes to an endpoint that does not serve")
+
     def _place(self, place: Place) -> Finding:
         """Where a connection from this node to it ends, by the rules and in truth."""
         protocol = place.port.name.protocol
@@ -286,9 +309,8 @@ class Doctor:
         return Finding("fine", about, f"connects; {planned}")
 
 
-def _unread(about: str, error: TransactionError) -> Finding:
-    advice = "it takes root: try again with sudo" if os.geteuid() else ""
-    return Finding("note", about, f"cannot be read: {error}", advice)
+def _unread(about: str, error: Exception) -> Finding:
+    return Finding("note", about, f"cannot be read: {error}", _SUDO if os.geteuid() else "")
 
 
 def _ask(where: str, path: str) -> tuple[int, str] | None:

@@ -232,6 +232,20 @@ def test_a_service_that_claims_an_address_of_another(sick: Sick) -> None:
         path.unlink()
 
 
+def test_a_flow_to_an_endpoint_that_is_gone(sick: Sick) -> None:
+    """Made after the agent has looked, as one that another program restored."""
+    assert not sick.doctor("default/echo-udp").wrong()
+    flow = ("-p", "udp", "-s", "10.244.1.200", "-d", "10.96.0.14", "--sport", "4444", "--dport", "5300")
+    reply = ("-r", "10.244.1.99", "-q", "10.244.1.200", "--reply-port-src", "5300", "--reply-port-dst", "4444")
+    made = sick.inside("conntrack", "-I", *flow, *reply, "-t", "600")
+    assert made.returncode == 0, made.stderr
+    try:
+        (wrong,) = sick.doctor("default/echo-udp").wrong()
+        assert "echo UDP IPv4 flows: 1 still go to 10.244.1.99:5300, which do not serve" in wrong
+    finally:
+        sick.inside("conntrack", "-D", *flow)
+
+
 def test_nothing_is_connected_to_if_so_told(sick: Sick) -> None:
     said = sick.doctor("default/web", "--no-connect")
     assert said.code == 0
