@@ -15,7 +15,7 @@ from .kernel import iptables as kernel_iptables
 from .kernel import ipvs as kernel_ipvs
 from .kernel import nftables as kernel_nftables
 from .kernel import sysctl
-from .kernel.iptables import Iptables, Variant, detect_variant
+from .kernel.iptables import VARIANTS, Iptables, Variant, detect_variant
 from .log import fields
 from .model import Family, ServicePort
 from .transaction import Backend, TransactionError
@@ -116,7 +116,6 @@ def cleanup(keep: Mode | None = None) -> tuple[dict[str, int], list[str]]:
     """
     counts: dict[str, int] = {}
     errors: list[str] = []
-    variants: tuple[Variant, ...] = ("nft", "legacy")
 
     def attempt(place: str, clean: Callable[[], int]) -> None:
         try:
@@ -129,7 +128,7 @@ def cleanup(keep: Mode | None = None) -> tuple[dict[str, int], list[str]]:
         attempt("ipvs", kernel_ipvs.cleanup_servers)
     for family in Family:
         # iptables and IPVS mode share chains: each removes what it finds of the other.
-        for variant in variants if keep in (None, "nftables") else ():
+        for variant in VARIANTS if keep in (None, "nftables") else ():
             attempt(f"iptables-{variant} {family}", partial(kernel_iptables.cleanup, family, variant))
         if keep != "nftables":
             attempt(f"nftables {family}", partial(kernel_nftables.cleanup, family))

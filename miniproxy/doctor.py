@@ -11,27 +11,31 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from . import explain
 from .agent import Agent
 from .explain import Place
 from .flows import CONNECTIONLESS, Flows
+from .httpd import parse_address
 from .kernel import conntrack, inspection, sysctl
 from .kernel.iptables import Variant
 from .kernel.links import local_addresses
 from .model import Endpoint, Family, PortKey, Problem, ServicePort
+from .planner.nft_layout import TABLE
 from .policy import categorize
 from .trace import TraceError
 from .transaction import TransactionError
 
 State = Literal["fine", "note", "wrong"]
+T = TypeVar("T")
 
 _FULL = 0.9  # of conntrack's table: new connections are dropped when there is no place
 _CATCH_UP = 1.0  # seconds an agent that runs gets for what it has not written yet
 _PATIENCE = 2.0  # seconds for an answer; a SYN is sent again after one
+_SELECTOR = "see its selector, and whether pods with these labels exist"
 _SUDO = "it takes root: try again with sudo"
 _MOST = 8  # endpoints that are connected to, names in a list
 
@@ -113,20 +117,17 @@ class Doctor:
 
     def _kernel(self) -> Iterator[Finding]:
         for family in self._families:
-            about = f"the kernel, {family}"
-            try:
-                differing = self.differing(family)
-            except TransactionError as error:
-                yield _unread(about, error)
-                continue
-            if differing:
-                count = sum(differing.values())
-                seen = f"{count} objects are not as planned: {_named(f'{who} ({n})' for who, n in differing.items())}"
-                advice = "miniproxy plan --diff shows them; a healthy agent repairs them at its next check"
-                yield Finding("wrong", about, seen, advice)
-            else:
-                count = len(self.agent.reconcilers[family].desired)
-                yield Finding("fine", about, f"holds what is planned, {count} objects")
+            yield _reading(self._held, f"the kernel, {family}", family)
+
+    def _held(self, about: str, family: Family) -> Finding:
+        differing = self.differing(family)
+        if not differing:
+            count = len(self.agent.reconcilers[family].desired)
+            return Finding("fine", about, f"holds what is planned, {count} objects")
+        count = sum(differing.values())
+        seen = f"{count} objects are not as planned: {_named(f'{who} ({n})' for who, n in differing.items())}"
+        advice = "miniproxy plan --diff shows them; a healthy agent repairs them at its next check"
+        return Finding("wrong", about, seen, advice)
 
     def differing(self, family: Family) -> dict[str, int]:
         """Objects that are not as planned, by the service port they belong to. Raises TransactionError."""
@@ -145,7 +146,7 @@ class Doctor:
         mode = self.settings.mode
         found = inspection.traces(self._families, saved)
         names = [f"{n} rules in {name}" for name, n in found.chains.items() if not name.endswith(f"-{self._variant}")]
-        names += [f"table {t}" for t in found.tables if not (mode == "nftables" and t.endswith(" miniproxy"))]
+        names += [f"table {t}" for t in found.tables if not (mode == "nftables" and t.endswith(f" {TABLE}"))]
         names += found.ipvs if mode != "ipvs" else []
         if names:
             advice = "if no other service proxy runs here, a start of the agent removes what other modes have left"
@@ -203,8 +204,9 @@ class Doctor:
                 yield _of_problem(problem)
         for port in dict.fromkeys(place.port for place in places):
             yield from self._endpoints(port)
-            yield from self._programmed(port)
-            yield from self._flows(port)
+            yield _reading(self._programmed, f"{_name(port)} in the kernel", port)
+            if port.name.protocol in CONNECTIONLESS:
+                yield _reading(self._flows, f"{_name(port)} flows", port)
         for place in places:
             yield self._place(place)
 
@@ -227,14 +229,14 @@ class Doctor:
         """Why a service port has no endpoints at all, and what to do."""
         slices = self.tracker.slices(port.name.namespace, port.name.name)
         if not slices:
-            return "no EndpointSlice names this Service", "see its selector, and whether pods with these labels exist"
+            return "no EndpointSlice names this Service", _SELECTOR
         mine = [s for s in slices if s.family is port.family]
         if not mine:
             return f"its slices have no {port.family} addresses", "pods have to have addresses of both families"
         offered = {f"{p.name or '(unnamed)'}/{p.protocol}" for s in mine for p in s.ports}
-        if f"{port.name.port or '(unnamed)'}/{port.name.protocol}" in offered:
-            return "its slices are empty", "see its selector, and whether pods with these labels exist"
         wanted = f"{port.name.port or '(unnamed)'}/{port.name.protocol}"
+        if wanted in offered:
+            return "its slices are empty", _SELECTOR
         seen = f"its slices have the ports {', '.join(sorted(offered)) or 'of none'}, not {wanted}"
         return seen, "ports go together by name and protocol: see targetPort, and the pods' port names"
 
@@ -251,44 +253,30 @@ class Doctor:
         else:
             yield Finding("fine", about, f"asked directly, {len(asked)} of {len(endpoints)} take connections")
 
-    def _programmed(self, port: ServicePort) -> Iterator[Finding]:
-        about = f"{_name(port)} in the kernel"
-        try:
-            missing = self.differing(port.family).get(str(port.name), 0)
-        except TransactionError as error:
-            yield _unread(about, error)
-            return
+    def _programmed(self, about: str, port: ServicePort) -> Finding:
+        missing = self.differing(port.family).get(str(port.name), 0)
         count = len(self.agent.reconcilers[port.family].wanted(port.name))
-        if missing:
-            advice = "miniproxy plan --diff shows them; if the agent runs, its log says what it cannot write"
-            yield Finding("wrong", about, f"{missing} objects are not as planned, of {count}", advice)
-        else:
-            yield Finding("fine", about, f"all {count} objects are as planned")
+        if not missing:
+            return Finding("fine", about, f"all {count} objects are as planned")
+        advice = "miniproxy plan --diff shows them; if the agent runs, its log says what it cannot write"
+        return Finding("wrong", about, f"{missing} objects are not as planned, of {count}", advice)
 
-    def _flows(self, port: ServicePort) -> Iterator[Finding]:
+    def _flows(self, about: str, port: ServicePort) -> Finding:
         """Whether clients without connections are still sent to endpoints that are gone."""
-        if port.name.protocol not in CONNECTIONLESS:
-            return
-        about = f"{_name(port)} flows"
         serving = categorize(port, self.tracker.endpoints(_key(port)), self.tracker.node)
         flows = Flows(local_addresses)
         flows.change(_key(port), port, map(str, serving.reachable))
-        try:
-            stale = flows.left_over(conntrack.flows(port.family))
-        except OSError as error:
-            yield _unread(about, error)
-            return
-        if stale:
-            gone = _named(sorted({flow.endpoint for flow in stale}))
-            advice = f"a healthy agent forgets them; by hand: conntrack -D -p {port.name.protocol.lower()} -r ADDRESS"
-            yield Finding("wrong", about, f"{len(stale)} still go to {gone}, which do not serve", advice)
-        else:
-            yield Finding("fine", about, "none goes to an endpoint that does not serve")
+        stale = flows.left_over(conntrack.flows(port.family))
+        if not stale:
+            return Finding("fine", about, "none goes to an endpoint that does not serve")
+        gone = _named(sorted({flow.endpoint for flow in stale}))
+        advice = f"a healthy agent forgets them; by hand: conntrack -D -p {port.name.protocol.lower()} -r ADDRESS"
+        return Finding("wrong", about, f"{len(stale)} still go to {gone}, which do not serve", advice)
 
     def _place(self, place: Place) -> Finding:
         """Where a connection from this node to it ends, by the rules and in truth."""
         protocol = place.port.name.protocol
-        about = f"{place.kind} {_spelt(place.address, place.number)}{'' if protocol == 'TCP' else f' {protocol}'}"
+        about = f"{place.kind} {place.where}{'' if protocol == 'TCP' else f' {protocol}'}"
         source = self.tracker.node.ip(place.port.family) or place.address
         try:
             outcome = self._walk(explain.packet(place, source, ""))
@@ -309,15 +297,20 @@ class Doctor:
         return Finding("fine", about, f"connects; {planned}")
 
 
-def _unread(about: str, error: Exception) -> Finding:
-    return Finding("note", about, f"cannot be read: {error}", _SUDO if os.geteuid() else "")
+def _reading(check: Callable[[str, T], Finding], about: str, what: T) -> Finding:
+    """What a check comes to that reads the kernel, or that it cannot be read."""
+    try:
+        return check(about, what)
+    except (TransactionError, OSError) as error:
+        return Finding("note", about, f"cannot be read: {error}", _SUDO if os.geteuid() else "")
 
 
 def _ask(where: str, path: str) -> tuple[int, str] | None:
     """Status and body of what is served there; None if nothing is."""
-    host, _, port = where.rpartition(":")
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host.strip("[]"))
-    connection = http.client.HTTPConnection(host, int(port or 0), timeout=_PATIENCE)
+    if not where:
+        return None
+    host, port = parse_address(where)
+    connection = http.client.HTTPConnection(host or "127.0.0.1", port, timeout=_PATIENCE)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
@@ -349,10 +342,7 @@ def _connect(address: str, port: int) -> str:
 
 
 def _of_problem(problem: Problem) -> Finding:
-    about = str(problem.ref)
-    where = f" ({problem.origin})" if problem.origin else ""
-    field = f"{problem.field}: " if problem.field else ""
-    return Finding("wrong", about, f"{field}{problem.reason}{where}")
+    return Finding("wrong", str(problem.ref), problem.statement)
 
 
 def _key(port: ServicePort) -> PortKey:
@@ -361,10 +351,6 @@ def _key(port: ServicePort) -> PortKey:
 
 def _name(port: ServicePort) -> str:
     return f"{port.name} {port.name.protocol} {port.family}"
-
-
-def _spelt(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _named(names: Iterable[str]) -> str:

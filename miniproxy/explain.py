@@ -25,6 +25,10 @@ class Place(NamedTuple):
     address: str
     number: int
 
+    @property
+    def where(self) -> str:
+        return str(trace.Target(self.address, self.number))
+
 
 class Candidate(NamedTuple):
     """An endpoint, and what becomes of it on this node."""

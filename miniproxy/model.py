@@ -14,6 +14,7 @@ import msgspec
 
 Protocol = Literal["TCP", "UDP", "SCTP"]
 PROTOCOL_NUMBERS: dict[Protocol, int] = {"TCP": 6, "UDP": 17, "SCTP": 132}  # IANA's, as packets and netlink have them
+PROTOCOL_NAMES: dict[int, Protocol] = {number: name for name, number in PROTOCOL_NUMBERS.items()}
 Kind = Literal["Service", "EndpointSlice", "Node", "ServiceCIDR", "File", "API"]
 ProblemKind = Literal["Refused", "Conflict", "SetAside", "FailedToStartServiceHealthcheck"]
 
@@ -70,9 +71,14 @@ class Problem(NamedTuple):
     what: ProblemKind = "Refused"  # for those who count or filter: the reason of a Kubernetes Event
 
     def __str__(self) -> str:
+        return f"{self.ref}: {self.statement}"
+
+    @property
+    def statement(self) -> str:
+        """All of it but the object's name."""
         where = f" ({self.origin})" if self.origin else ""
         field = f"{self.field}: " if self.field else ""
-        return f"{self.ref}: {field}{self.reason}{where}"
+        return f"{field}{self.reason}{where}"
 
 
 class ServicePort(msgspec.Struct, frozen=True, gc=False):

@@ -61,7 +61,7 @@ class Transaction:
     def operations(self) -> int:
         """Lines or messages the kernel's tool has to work on; counted where it is printed."""
         if self._operations is None:
-            self._operations = self.text.count("\n")
+            self._operations = sum(piece.count("\n") for piece in self._pieces())
         return self._operations
 
 

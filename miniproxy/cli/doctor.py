@@ -37,7 +37,7 @@ def command(loaded: Loaded, target: str | None, no_connect: bool, as_json: bool)
       sudo miniproxy doctor --config /var/lib/kube-proxy/config.conf
       sudo miniproxy doctor default/web --source manifests/ --hostname-override node1
       sudo miniproxy doctor 10.96.0.10:80 --json
-      miniproxy lab exec node1 -- miniproxy doctor …
+      miniproxy lab doctor node1 default/web         on a node of the lab
     """
     from ..doctor import Doctor
     from ..model import Family

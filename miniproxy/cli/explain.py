@@ -200,11 +200,8 @@ def _print_way(result: _Result, all_rules: bool) -> None:
     from ..explain import sentence
 
     place = result.place
-    address = f"[{place.address}]" if ":" in place.address else place.address
-    click.echo(
-        f"  {place.kind} {address or '(no address of the node is known)'}:{place.number} from {result.origin}: ",
-        nl=False,
-    )
+    where = place.where if place.address else f"(no address of the node is known):{place.number}"
+    click.echo(f"  {place.kind} {where} from {result.origin}: ", nl=False)
     click.secho(sentence(result.outcome), bold=True)
     reached = bool(result.outcome.endpoints)
     for branch in result.outcome.branches if all_rules else result.outcome.branches[: 0 if reached else 1]:

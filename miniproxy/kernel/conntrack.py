@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from ..flows import CONNECTIONLESS, Flow, Stale
-from ..model import PROTOCOL_NUMBERS, Endpoint, Family, Protocol
+from ..model import PROTOCOL_NAMES, PROTOCOL_NUMBERS, Endpoint, Family, Protocol
 from .netlink import NESTED, NETFILTER, Netlink, Request, attribute, attributes
 
 _CTNETLINK = 1 << 8
@@ -80,7 +80,7 @@ def _flow(family: Family, found: dict[int, bytes]) -> Flow | None:
     original, reply = attributes(found[_TUPLE_ORIG]), attributes(found[_TUPLE_REPLY])
     proto = attributes(original[_TUPLE_PROTO])
     number = proto[_PROTO_NUM][0]
-    protocol = next((p for p, n in PROTOCOL_NUMBERS.items() if n == number), None)
+    protocol = PROTOCOL_NAMES.get(number)
     if protocol is None or _PROTO_DST_PORT not in proto:
         return None
     to = attributes(original[_TUPLE_IP])[_IP_DST[family]]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from ..model import Family
 from .exec import Runner, run
-from .iptables import Variant
+from .iptables import Variant, tool
 
 # By metric: table, chain, and what its rule is known by.
 RULES = {
@@ -31,7 +31,7 @@ def packets(families: Iterable[Family], variant: Variant, runner: Runner = run) 
 
 
 def _packets(family: Family, variant: Variant, table: str, chain: str, known_by: str, runner: Runner) -> int:
-    program = f"{'ip6tables' if family is Family.V6 else 'iptables'}-{variant}"
+    program = f"{tool(family)}-{variant}"
     try:
         # One chain, not iptables-save: that would read the rules of all Services.
         done = runner([program, "-w", "1", "-t", table, "-v", "-S", chain], timeout=5)

@@ -13,13 +13,12 @@ from ..planner.nft_layout import TABLE, ip
 from ..transaction import TransactionError
 from . import sysctl
 from .exec import Runner, run
-from .iptables import Iptables, Variant
+from .iptables import VARIANTS, Iptables, tool
+from .ipvs import Ipvs
 from .links import link_index
 
-_VARIANTS: tuple[Variant, ...] = ("nft", "legacy")
 _LINKS = Path("/sys/class/net")
-_VIRTUAL_SERVERS = Path("/proc/net/ip_vs")
-_HEAD = 3  # of its lines, before the first virtual server
+_IPVS = Path("/proc/net/ip_vs")  # it is there while the module is loaded, which asking would do
 
 
 class Fill(NamedTuple):
@@ -57,10 +56,9 @@ def rulesets(families: Sequence[Family], runner: Runner = run) -> dict[str, str]
     """
     found = {}
     for family in families:
-        for variant in _VARIANTS:
-            name = f"{'ip6tables' if family is Family.V6 else 'iptables'}-{variant}"
+        for variant in VARIANTS:
             try:
-                found[name] = Iptables(family, variant, runner).save()
+                found[f"{tool(family)}-{variant}"] = Iptables(family, variant, runner).save()
             except TransactionError:
                 continue  # not installed, or the kernel does not have it
     return found
@@ -69,7 +67,7 @@ def rulesets(families: Sequence[Family], runner: Runner = run) -> dict[str, str]
 def traces(families: Sequence[Family], saved: dict[str, str], runner: Runner = run) -> Traces:
     """`saved` is what `rulesets` found."""
     chains = {name: count for name, text in saved.items() if (count := text.count("\n-A KUBE-SERVICES "))}
-    return Traces(chains, list(_tables(families, runner)), list(_ipvs()))
+    return Traces(chains, list(_tables(families, runner)), list(_ipvs(families)))
 
 
 def _tables(families: Sequence[Family], runner: Runner) -> Iterator[str]:
@@ -81,12 +79,12 @@ def _tables(families: Sequence[Family], runner: Runner) -> Iterator[str]:
         yield from (f"{ip(family)} {name}" for name in (TABLE, "kube-proxy") if f"table {ip(family)} {name}" in lines)
 
 
-def _ipvs() -> Iterator[str]:
+def _ipvs(families: Sequence[Family]) -> Iterator[str]:
     if link_index(LINK):
         yield f"link {LINK}"
-    try:
-        lines = _VIRTUAL_SERVERS.read_text().splitlines()[_HEAD:]
-    except OSError:
+    if not _IPVS.exists():
         return
-    if servers := sum(not line.lstrip().startswith("->") for line in lines):
+    with Ipvs.open() as ipvs:
+        servers = sum(len(ipvs.services(family)) for family in families)
+    if servers:
         yield f"{servers} virtual servers"

@@ -17,7 +17,7 @@ from .exec import Runner, run
 log = logging.getLogger(__name__)
 
 Variant = Literal["nft", "legacy"]
-_VARIANTS: tuple[Variant, ...] = ("nft", "legacy")
+VARIANTS: tuple[Variant, ...] = ("nft", "legacy")
 # The kubelet keeps these in table mangle of the variant it uses; kube-proxy and CNI plugins follow it.
 _HINTS = (("mangle", "KUBE-IPTABLES-HINT"), ("mangle", "KUBE-KUBELET-CANARY"))
 _PROBE = """*nat
@@ -28,6 +28,11 @@ _PROBE = """*nat
 COMMIT
 """
 _LOCK_WAIT = "5"  # seconds; another program may be in the middle of a large restore
+
+
+def tool(family: Family) -> str:
+    """The family's program, and how the names of all its others begin."""
+    return "ip6tables" if family is Family.V6 else "iptables"
 
 
 class Iptables:
@@ -65,7 +70,7 @@ class Iptables:
         self._checked(argv, transaction)
 
     def _program(self, action: str) -> str:
-        return f"{'ip6tables' if self.family is Family.V6 else 'iptables'}-{self.variant}-{action}"
+        return f"{tool(self.family)}-{self.variant}-{action}"
 
     def _checked(self, argv: list[str], pieces: Iterable[str] = ()) -> str:
         try:
@@ -123,7 +128,7 @@ def detect_variant(family: Family, runner: Runner = run, *, probing: bool = True
     """
     saved: dict[Variant, str] = {}
     hint, canary = (f"\n:{chain} " for _, chain in _HINTS)
-    for variant in _VARIANTS:
+    for variant in VARIANTS:
         try:
             saved[variant] = Iptables(family, variant, runner).save()
         except TransactionError:
@@ -143,7 +148,7 @@ def detect_variant(family: Family, runner: Runner = run, *, probing: bool = True
 
 def _default_variant(family: Family, runner: Runner) -> Variant:
     try:
-        version = runner([f"{'ip6tables' if family is Family.V6 else 'iptables'}", "--version"]).out
+        version = runner([tool(family), "--version"]).out
     except FileNotFoundError:
         version = ""
     return "legacy" if "legacy" in version else "nft"

@@ -20,7 +20,7 @@ import msgspec
 
 from ..config import Settings
 from ..graceful import Draining, Load, Server, Service
-from ..model import PROTOCOL_NUMBERS, Family, Protocol, ServicePort
+from ..model import PROTOCOL_NAMES, PROTOCOL_NUMBERS, Family, ServicePort
 from ..planner import ipvs_text, rules
 from ..planner.ipvs import SETS, set_name
 from ..planner.ipvs_text import (
@@ -64,10 +64,9 @@ _PERSISTENT = 1
 _SCHEDULER_FLAGS = {8: "flag-1", 16: "flag-2", 32: "flag-3"}
 _FLAG_NAMES = {("sh", 8): "sh-fallback", ("sh", 16): "sh-port", ("mh", 8): "mh-fallback", ("mh", 16): "mh-port"}
 _FLAG_BITS = {name: bit for (_, bit), name in _FLAG_NAMES.items()} | {v: k for k, v in _SCHEDULER_FLAGS.items()}
-_FORWARD = {"m": 0, "i": 2, "g": 3}
-_FORWARD_LETTERS = {0: "m", 1: "l", 2: "i", 3: "g"}
+_FORWARD = {"m": 0, "l": 1, "i": 2, "g": 3}
+_FORWARD_LETTERS = {number: letter for letter, number in _FORWARD.items()}
 _FORWARD_NAMES = {"Masq": "m", "Tunnel": "i", "Route": "g", "Local": "l"}
-_PROTOCOL_NAMES: dict[int, Protocol] = {number: name for name, number in PROTOCOL_NUMBERS.items()}
 _AF = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 _u16, _u32, _be16 = struct.Struct("=H"), struct.Struct("=I"), struct.Struct(">H")
 _HEADER = struct.Struct("=BBH")  # struct genlmsghdr: command, version
@@ -151,10 +150,10 @@ def decode_service(data: bytes) -> VirtualServer | None:
     (flags,) = _u32.unpack_from(found[_SVC_FLAGS])
     (timeout,) = _u32.unpack(found[_SVC_TIMEOUT])
     scheduler = found[_SVC_SCHEDULER].rstrip(b"\0").decode(errors="replace")
-    if number not in _PROTOCOL_NAMES:
+    if number not in PROTOCOL_NAMES:
         return None
     return VirtualServer(
-        _PROTOCOL_NAMES[number],
+        PROTOCOL_NAMES[number],
         _text(family, found[_SVC_ADDR]),
         _be16.unpack(found[_SVC_PORT])[0],
         scheduler,

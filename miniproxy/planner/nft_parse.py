@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol
 
-from ..model import PROTOCOL_NUMBERS, Family
+from ..model import PROTOCOL_NAMES, Family
 from .nft_layout import (
     EXACT,
     LOCAL,
@@ -34,7 +34,7 @@ from .nftables import Element, Entry, Frontend, NftablesObject, Refusal, Stray, 
 SKIP = frozenset({"clients"})  # what we never read: clients come and go by themselves
 _SHARED = ("cluster-ips", "node-ips", "hairpin")
 _ENDIAN: Literal["little", "big"] = sys.byteorder  # of the codes
-PROTOCOLS = {number: protocol.lower() for protocol, number in PROTOCOL_NUMBERS.items()}  # by their numbers in keys
+PROTOCOLS = {number: protocol.lower() for number, protocol in PROTOCOL_NAMES.items()}  # by their numbers in keys
 
 
 class RawElement(Protocol):

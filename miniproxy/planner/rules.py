@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..model import PROTOCOL_NUMBERS
+from ..model import PROTOCOL_NAMES
 from ..transaction import Change, Transaction
 from .iptables import (
     BUILT_IN,
@@ -28,7 +28,7 @@ from .iptables import (
     Layout,
 )
 
-_PROTOCOLS = {str(number): protocol.lower() for protocol, number in PROTOCOL_NUMBERS.items()}  # as `-m ipvs` does
+_PROTOCOLS = {str(number): protocol.lower() for number, protocol in PROTOCOL_NAMES.items()}  # as `-m ipvs` does
 _PER_SERVICE = re.compile(r"KUBE-(SVC|SVL|EXT|FW|SEP|XLB)-[A-Z2-7]{16}$")
 
 # The rule of a cluster IP, nearly all that dispatch chains hold; what _claim makes of it, in one step.

@@ -37,7 +37,6 @@ SETTLE_LIMIT_SECONDS = 0.3
 RESCAN_SECONDS = 5.0  # for what inotify does not see: network file systems, changes by way of a mapping
 STOP_SECONDS = 0.25  # how long `stop` may go unnoticed
 TRUNCATED_SECONDS = 0.5  # how long the word that a file was truncated may take to come
-_KEPT = "mount or make it; what was in it is still served"
 YOUNG_NS = 50_000_000  # a file changed that recently may change again under the same time stamp
 
 
@@ -69,8 +68,7 @@ class ManifestSource:
                 if batch != Batch():
                     deliver(batch)
                 # Nothing tells when a missing folder appears, or a link on the way to it is moved.
-                direct = seen and os.path.realpath(self.folder) == os.path.abspath(self.folder)
-                calm = direct and not files.disturbed and not watch.half_written()
+                calm = seen and _direct(self.folder) and not files.disturbed and not watch.half_written()
                 woken = self._sleep(watch, stop, RESCAN_SECONDS if calm else POLL_SECONDS)
         finally:
             watch.close()
@@ -231,7 +229,7 @@ class _Files:
         self._folder = folder
         self._known: dict[str, Signature] = {}  # () never matches: to be read again
         self._unreadable: set[str] = set()
-        self._plain = False  # the last scan found the folder, and no link
+        self._plain = False  # the last scan found a folder, and no link
         self._begun = False
         self._loaded = False  # at least one file has been read without fault
         self.disturbed = False  # something changed while the last scan was under way
@@ -242,11 +240,15 @@ class _Files:
         tree = _Tree.of(self._folder, watch)
         self._plain = False
         if tree is None:
-            reason = f"is no folder, and no file ({', '.join(SUFFIXES)}), that can be read: {_KEPT}"
+            reason = (
+                f"is no folder, and no file ({', '.join(SUFFIXES)}), that can be read: "
+                "mount or make it; what was in it is still served"
+            )
             index.report(self._folder, [_FileProblem(0, "", reason)])
             return False
         index.report(self._folder, ())
-        self._plain = not tree.links and os.path.realpath(self._folder) == os.path.abspath(self._folder)
+        whole = os.path.isdir(self._folder)
+        self._plain = whole and not tree.links and _direct(self._folder)
         for path in [path for path in self._known if not tree.holds(path)]:
             self._forget(path, index)
         for path, signature in sorted(tree.files.items()):
@@ -259,7 +261,7 @@ class _Files:
             index.report(path, [_FileProblem(0, "", reason)])
         self._unreadable = set(tree.unreadable)
         # One file that cannot be read is not a cluster without Services.
-        return self._loaded or os.path.isdir(self._folder)
+        return self._loaded or whole
 
     def glance(self, paths: Iterable[str], index: _Index, watch: Watcher) -> bool:
         """The same for changes in these places, whatever else the folder holds; False when that takes a scan: through
@@ -331,6 +333,11 @@ class _Files:
         return self._begun and bool(writing) and os.path.realpath(path) in map(os.path.realpath, writing)
 
 
+def _direct(path: str) -> bool:
+    """Whether no link is on the way to it."""
+    return os.path.realpath(path) == os.path.abspath(path)
+
+
 def _content(path: str) -> tuple[Signature, bytes]:
     """No more than one byte over the limit. Raises OSError."""
     # O_NONBLOCK: a FIFO that took the file's place must not hold us up.
@@ -388,9 +395,9 @@ class _Tree(NamedTuple):
         tree = _Tree({}, {}, set())
         watched: set[str] = set()
         if os.path.isfile(folder) and folder.endswith(SUFFIXES):
-            tree.links.add(folder)  # its folder is watched, in which no other file is of interest
-            watched.add(os.path.dirname(folder) or ".")
-            watch.watch(os.path.dirname(folder) or ".")
+            around = os.path.dirname(folder) or "."
+            watched.add(around)
+            watch.watch(around)
             tree._is_folder(folder, watched, watch)
             watch.keep(watched)
             return tree
