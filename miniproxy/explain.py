@@ -116,10 +116,12 @@ class Walks:
 
     def _planned(self, family: Family, local: Sequence[str]) -> trace.Rules:
         tracker, settings, node = self._tracker, self._settings, self._tracker.node
-        objects = list(iptables.frame(settings, node, family, local))
-        for key in tracker.keys(family):
+        objects: list[iptables.IptablesObject] = []
+        # Of those who claim the same, the last one stays here: as in the kernel the smallest name, or the frame.
+        for key in sorted(tracker.keys(family), reverse=True):
             if port := tracker.port(key):
                 objects += iptables.plan(port, categorize(port, tracker.endpoints(key), node), settings, node)
+        objects += iptables.frame(settings, node, family, local)
         return trace.parse(iptables.show({o.key: o for o in objects}.values()))
 
 

@@ -84,14 +84,38 @@ def test_says_what_it_cannot_explain(folder: Path, target: str, said: str, code:
 
 
 def test_names_the_problems_of_the_service(folder: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "manifests"
-    shutil.copytree(folder, mine)
-    services = json.loads((mine / "services.json").read_text())
-    (cip,) = (s for s in services["items"] if s["metadata"]["name"] == "cip" and s["metadata"]["namespace"] == "feat")
-    cip["spec"]["externalIPs"] = ["1.2.3.400"]
-    (mine / "services.json").write_text(json.dumps(services))
+    mine = with_external_ip(folder, tmp_path / "manifests", "1.2.3.400", "cip")
     assert "spec.externalIPs[0]" in explain(mine, "feat/cip").output
     assert "spec.externalIPs[0]" not in explain(mine, "feat/np").output
+
+
+def with_external_ip(folder: Path, mine: Path, ip: str, *names: str) -> Path:
+    """A copy of the folder, at `mine`, in which these Services of the namespace feat have an external IP."""
+    shutil.copytree(folder, mine)
+    services = json.loads((mine / "services.json").read_text())
+    for service in services["items"]:
+        if service["metadata"]["namespace"] == "feat" and service["metadata"]["name"] in names:
+            service["spec"]["externalIPs"] = [ip]
+    (mine / "services.json").write_text(json.dumps(services))
+    return mine
+
+
+@pytest.mark.parametrize("others_first", [False, True])
+def test_where_two_services_claim_an_address_it_follows_the_one_that_gets_it(
+    folder: Path, tmp_path: Path, others_first: bool
+) -> None:
+    """Whichever the source names first (the kernel's side of it is in test_reconciler.py)."""
+    mine = with_external_ip(folder, tmp_path / "manifests", "192.0.2.77", "cip", "np")
+    if others_first:
+        services = json.loads((mine / "services.json").read_text())
+        services["items"].reverse()
+        (mine / "services.json").write_text(json.dumps(services))
+    told = json.loads(explain(mine, "192.0.2.77:80", "--json").output)
+    assert {c["service"].split(":")[0] for c in told["connections"]} == {"feat/cip", "feat/np"}
+    (own,) = json.loads(explain(mine, "10.97.0.1:80", "--json").output)["connections"]
+    assert [c["reaches"] for c in told["connections"]] == [own["reaches"]] * 2
+    assert own["service"].startswith("feat/cip")
+    assert any("feat/cip" in problem for problem in told["problems"])
 
 
 @pytest.mark.parametrize("mode", ["nftables", "ipvs"])
