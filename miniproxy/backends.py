@@ -18,7 +18,7 @@ from .kernel import sysctl
 from .kernel.iptables import VARIANTS, Iptables, Variant, detect_variant
 from .log import fields
 from .model import Family, ServicePort
-from .transaction import Backend, TransactionError
+from .transaction import Backend, MissingError, TransactionError
 
 log = logging.getLogger(__name__)
 
@@ -98,16 +98,19 @@ def _finish(family: Family, servers: Draining) -> None:
         log.warning("cannot look after real servers on their way out: %s", error, extra=fields(family=family))
 
 
-def leave_other_modes(mode: Mode) -> None:
+def leave_other_modes(mode: Mode) -> bool:
     """Remove what an agent in another mode has left: called when this mode's rules are all in place, so that every
     connection finds the one or the other. Where both are, the older ones are asked first, and both say the same.
+
+    Returns whether nothing is left. If something is, it goes on being asked first, while Services change.
     """
     counts, errors = cleanup(keep=mode)
     for place, count in counts.items():
         if count:
             log.info("removed what another mode had left", extra=fields(place=place, objects=count))
     for error in errors:
-        log.warning("cannot remove what another mode has left: %s", error)
+        log.warning("cannot remove what another mode has left, it is tried again: %s", error)
+    return not errors
 
 
 def cleanup(keep: Mode | None = None) -> tuple[dict[str, int], list[str]]:
@@ -120,9 +123,10 @@ def cleanup(keep: Mode | None = None) -> tuple[dict[str, int], list[str]]:
     def attempt(place: str, clean: Callable[[], int]) -> None:
         try:
             counts[place] = clean()
+        except MissingError:
+            return
         except TransactionError as error:
-            if not error.transient:  # the tool is not installed, or the kernel does not have such a thing
-                errors.append(str(error))
+            errors.append(str(error))
 
     if keep != "ipvs":
         attempt("ipvs", kernel_ipvs.cleanup_servers)

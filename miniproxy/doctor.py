@@ -72,8 +72,8 @@ class Doctor:
         yield from self._agent()
         yield from self._own_node()
         yield from self._kernel()
-        saved = inspection.rulesets(self._families)
-        yield from self._others(saved)
+        saved, unread = inspection.rulesets(self._families)
+        yield from self._others(saved, unread)
         yield from self._forwarding(saved)
         yield from self._connections()
 
@@ -139,7 +139,7 @@ class Doctor:
             self._differing[family] = reconciler.differing()
         return self._differing[family]
 
-    def _others(self, saved: dict[str, str]) -> Iterator[Finding]:
+    def _others(self, saved: dict[str, str], unread: list[str]) -> Iterator[Finding]:
         if os.geteuid():
             yield Finding("note", "other service proxies", "cannot be looked for", _SUDO)
             return
@@ -151,7 +151,10 @@ class Doctor:
         if names:
             advice = "if no other service proxy runs here, a start of the agent removes what other modes have left"
             yield Finding("wrong", "other service proxies", f"also here: {', '.join(names)}", advice)
-        else:
+        for reason in unread:
+            seen = f"some cannot be looked for: {reason}"
+            yield Finding("note", "other service proxies", seen, "in a container, iptables-legacy takes NET_RAW")
+        if not names and not unread:
             yield Finding("fine", "other service proxies", "none has left anything here")
 
     def _forwarding(self, saved: dict[str, str]) -> Iterator[Finding]:

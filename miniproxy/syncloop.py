@@ -18,6 +18,7 @@ from .observer import Observer
 log = logging.getLogger(__name__)
 
 Command = Literal["stop", "reload"]
+Moment = Literal["now", "later", "never"]
 _RETRY_FIRST = 0.1  # seconds; doubled at each further failure
 _RETRY_MOST = 30.0
 _CHECK_SHARE = 0.01  # of all time may go into looking for drift
@@ -63,7 +64,7 @@ class SyncLoop:
         *,
         observer: Observer | None = None,
         tick: Callable[[], float] = lambda: float("inf"),
-        settled: Callable[[], None] = lambda: None,
+        settled: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.agent = agent
@@ -71,7 +72,8 @@ class SyncLoop:
         self._observer = observer or Observer()
         self._tick = tick  # does what is due besides syncing; says when to be called again, by the clock
         self._tick_at = float("inf")
-        self._settled: Callable[[], None] | None = settled  # to be called once, when everything has been written
+        self._settled = settled  # to be called when everything has been written, until it says that all is done
+        self._settle: Moment = "now"  # "later": with the next look for drift
         self._clock = clock
         self._taken = 0  # batches folded in
         now = clock()
@@ -154,13 +156,14 @@ class SyncLoop:
         else:
             self._failures = 0
             self._retry_at = None
-            if self._settled:
-                self._settled()
-                self._settled = None
+            if self._settle == "now":
+                self._settle = "never" if self._settled() else "later"
         self._observer.synced(results, self.agent.tracker.take_triggers(), took, self._taken)
 
     def _check(self, now: float) -> None:
         drift = self.agent.check()
+        if self._settle == "later":
+            self._settle = "now"
         # With very many services reading takes long; it may not take more than its share of the time.
         took = self._clock() - now
         self._check_at = now + max(self.agent.settings.sync_period, took / _CHECK_SHARE)

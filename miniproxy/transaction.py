@@ -77,6 +77,13 @@ class TransactionError(Exception):
         self.transient = transient
 
 
+class MissingError(TransactionError):
+    """This machine has nothing of the kind: the tool is not installed, or the kernel does not know it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, transient=True)
+
+
 class Backend(Protocol):
     """One kind of kernel state in one family, as the reconciler sees it."""
 

@@ -148,6 +148,22 @@ def test_a_failure_is_tried_again_ever_more_slowly_and_loses_nothing(bench: Benc
     assert len(bench.kernel.tables["filter"]["KUBE-SERVICES"]) == 2
 
 
+def test_what_is_to_be_done_once_all_is_written_is_tried_again_with_each_look_for_drift(bench: Bench) -> None:
+    """Not with each change: it runs programs, and a reason to fail lasts."""
+    attempts = []
+
+    def settled() -> bool:
+        attempts.append(bench.clock.now)
+        return len(attempts) == 3
+
+    loop = SyncLoop(bench.agent, settled=settled, clock=bench.clock)
+    bench.loop = loop
+    for number in range(20):
+        bench.clock.now += 5
+        bench.deliver(number)
+    assert [round(b - a) for a, b in pairwise(attempts)] == [pytest.approx(30, abs=5)] * 2
+
+
 def test_commands_come_out_after_what_was_handed_over_before() -> None:
     bench = Bench()
     bench.loop.deliver(Batch((cluster.service(1),), synced=True))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..model import Family
 from ..planner.ipvs_text import LINK
 from ..planner.nft_layout import TABLE, ip
-from ..transaction import TransactionError
+from ..transaction import MissingError, TransactionError
 from . import sysctl
 from .exec import Runner, run
 from .iptables import VARIANTS, Iptables, tool
@@ -49,19 +49,22 @@ def unfiltered_bridges(links: Path = _LINKS) -> list[str]:
     return sorted(p.parent.name for p in links.glob("*/brif") if len(list(p.iterdir())) > 1)
 
 
-def rulesets(families: Sequence[Family], runner: Runner = run) -> dict[str, str]:
-    """What there is in each iptables ("iptables-nft", "ip6tables-legacy", …) that this system has.
+def rulesets(families: Sequence[Family], runner: Runner = run) -> tuple[dict[str, str], list[str]]:
+    """What there is in each iptables ("iptables-nft", "ip6tables-legacy", …) that this system has, and why some of
+    it cannot be read.
 
     Of all tables that exist, since asking for one by its name has the kernel make it.
     """
-    found = {}
+    found, unread = {}, []
     for family in families:
         for variant in VARIANTS:
             try:
                 found[f"{tool(family)}-{variant}"] = Iptables(family, variant, runner).save()
-            except TransactionError:
-                continue  # not installed, or the kernel does not have it
-    return found
+            except MissingError:
+                continue
+            except TransactionError as error:
+                unread.append(str(error))
+    return found, unread
 
 
 def traces(families: Sequence[Family], saved: dict[str, str], runner: Runner = run) -> Traces:

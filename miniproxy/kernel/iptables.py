@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..model import Family
 from ..planner import rules
 from ..planner.iptables import LAYOUT, IptablesObject, Layout
-from ..transaction import Change, Transaction, TransactionError
+from ..transaction import Change, MissingError, Transaction, TransactionError
 from .exec import Runner, run
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ _PROBE = """*nat
 -X MINIPROXY-PROBE
 COMMIT
 """
+_NO_NF_TABLES = "Could not fetch rule set generation id: Invalid argument"
 _LOCK_WAIT = "5"  # seconds; another program may be in the middle of a large restore
 
 
@@ -76,8 +77,7 @@ class Iptables:
         try:
             done = self._run(argv, pieces)
         except FileNotFoundError:
-            message = f"{argv[0]} is not installed: install the package iptables"
-            raise TransactionError(message, transient=True) from None
+            raise MissingError(f"{argv[0]} is not installed: install the package iptables") from None
         except subprocess.TimeoutExpired as error:
             raise TransactionError(f"{argv[0]} did not end within {error.timeout:.0f} s", transient=True) from None
         if done.code:
@@ -93,6 +93,8 @@ def _error(program: str, code: int, err: str, text: str) -> TransactionError:
     number = _failed_line(err)
     if number and number <= len(lines) and lines[number - 1] != "COMMIT":
         reason = f"{reason}: {lines[number - 1]}"
+    if _NO_NF_TABLES in reason:
+        return MissingError(f"{program}: {reason}")
     return TransactionError(f"{program}: {reason}", transient=locked or denied or code < 0)
 
 

@@ -35,10 +35,10 @@ from ..planner.ipvs_text import (
     VirtualServer,
     parse_command,
 )
-from ..transaction import Change, Transaction, TransactionError
+from ..transaction import Change, MissingError, Transaction, TransactionError
 from . import ipset, links, sysctl
 from .iptables import Iptables
-from .netlink import GENERIC, TRANSIENT, Netlink, Request, attribute, attributes, explain
+from .netlink import GENERIC, NO_SUBSYSTEM, TRANSIENT, Netlink, Request, attribute, attributes, explain
 
 _PROC = Path("/proc/thread-self/net")  # of this thread's network namespace
 
@@ -565,5 +565,7 @@ def cleanup_sets() -> int:
         found = [s for s in ipset.read(set_name(n, f) for n in SETS for f in Family) if isinstance(s, IpSet)]
         ipset.restore(f"destroy {s.name}" for s in found)
     except OSError as error:
+        if error.errno in NO_SUBSYSTEM:
+            raise MissingError("the kernel has no ipset (modprobe ip_set)") from error
         raise TransactionError(f"cannot clean up ipsets: {error}", transient=True) from error
     return len(found)

@@ -28,6 +28,7 @@ _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _WINDOW = 100  # what fails answers with less than 1 kB each, and the socket's buffer holds 200 kB
 _BUFFER = 1 << 16
+NO_SUBSYSTEM = {errno.EINVAL, errno.EPROTONOSUPPORT}  # a part of netfilter that the kernel does not have
 TRANSIENT = {errno.EPERM, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT}
 
 

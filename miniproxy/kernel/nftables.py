@@ -20,9 +20,9 @@ from ..planner import nft_parse, nft_script
 from ..planner.nft_layout import TABLE, Chain, ip
 from ..planner.nft_script import Elements, Held, Script, spelt
 from ..planner.nftables import NftablesObject
-from ..transaction import Change, Transaction, TransactionError
+from ..transaction import Change, MissingError, Transaction, TransactionError
 from .exec import Completed, Runner, run
-from .netlink import TRANSIENT, Netlink
+from .netlink import NO_SUBSYSTEM, TRANSIENT, Netlink
 from .nfnetlink import RawTable, RefusedElement, open_netlink, read_table, write_elements
 from .nft_elements import Encoder
 
@@ -42,7 +42,7 @@ class Program:
         try:
             return self._run(["nft", "-f", "-"], script)
         except FileNotFoundError:
-            raise TransactionError("nft is not installed: install the package nftables", transient=True) from None
+            raise MissingError("nft is not installed: install the package nftables") from None
         except subprocess.TimeoutExpired as error:
             raise TransactionError(f"nft did not end within {error.timeout:.0f} s", transient=True) from None
 
@@ -134,6 +134,8 @@ class Nftables:
             with self._open() as netlink:
                 return read_table(netlink, self.family, TABLE, nft_parse.SKIP)
         except OSError as error:
+            if error.errno in NO_SUBSYSTEM:
+                raise MissingError("the kernel has no nf_tables (modprobe nf_tables)") from None
             raise TransactionError(f"nftables: {error}", transient=True) from None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,20 @@ def test_cleanup_leaves_the_kubelets_firewall(namespace: Namespace) -> None:
     kernel.apply(Transaction.of("*mangle\n:KUBE-KUBELET-CANARY - [0:0]\nCOMMIT\n"))
     cleanup(Family.V4, "nft", Inside(namespace))
     assert [r.split(" -j ")[-1] for r in rules_of(kernel)] == ["KUBE-FIREWALL", "DROP", "KUBE-FIREWALL"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_rules_that_cannot_be_read_are_not_taken_for_none(namespace: Namespace, there: bool) -> None:
+    """The legacy variant needs a raw socket as soon as there is a table."""
+    if there:
+        Iptables(Family.V4, "legacy", Inside(namespace)).apply(Transaction.of("*nat\n:KUBE-SERVICES - [0:0]\nCOMMIT\n"))
+    argv = ["setpriv", "--bounding-set=-net_raw", sys.executable, "-m", "miniproxy", "cleanup", "--json"]
+    done = subprocess.run(namespace.command(argv), capture_output=True, text=True)
+    told = json.loads(done.stdout)
+    assert done.returncode == int(there)
+    assert ["iptables-legacy-save: " in error for error in told["errors"]] == [True] * there
+    assert ("iptables-legacy IPv4" in told["removed"]) is not there
+    assert "iptables-nft IPv4" in told["removed"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
