@@ -186,12 +186,12 @@ class Agent:
         if port is None:
             reconciler.set(name, ())
             self._state(family, name, ())
-            self._note_flows(key, None, Serving())
+            self._note_flows(key, None, ())
             self._observer.planned(key, None, Serving())
         else:
             port, reservations = self._review(port)
             serving = categorize(port, endpoints, self.tracker.node)
-            self._note_flows(key, port, serving)
+            self._note_flows(key, port, endpoints)
             self._observer.planned(key, port, serving)
             reconciler.set(name, self.planner.plan(port, serving, self.settings, self._nodes[family]))
             self._judge(family, name, reservations)
@@ -225,8 +225,8 @@ class Agent:
         self._forget_flows(family)
         return Synced(family, result, "", self._clock() - start, full)
 
-    def _note_flows(self, key: PortKey, port: ServicePort | None, serving: Serving) -> None:
-        stale = self._flows.change(key, port, map(str, serving.reachable))
+    def _note_flows(self, key: PortKey, port: ServicePort | None, endpoints: Iterable[Endpoint]) -> None:
+        stale = self._flows.change(key, port, endpoints)
         if stale and key[1] not in self._fresh:
             self._stale.setdefault(key[1], []).extend(stale)
 
@@ -237,7 +237,7 @@ class Agent:
         stale = self._stale.pop(family, [])
         try:
             if family in self._fresh:
-                stale = self._flows.left_over(self._conntrack.flows(family))
+                stale = self._flows.all(family)
                 self._fresh.discard(family)
             if stale:
                 count = self._conntrack.forget(stale)

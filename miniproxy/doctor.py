@@ -266,10 +266,11 @@ class Doctor:
 
     def _flows(self, about: str, port: ServicePort) -> Finding:
         """Whether clients without connections are still sent to endpoints that are gone."""
-        serving = categorize(port, self.tracker.endpoints(_key(port)), self.tracker.node)
         flows = Flows(local_addresses)
-        flows.change(_key(port), port, map(str, serving.reachable))
-        stale = flows.left_over(conntrack.flows(port.family))
+        flows.change(_key(port), port, self.tracker.endpoints(_key(port)))
+        places = {stale[:4]: stale for stale in flows.all(port.family)}
+        known = conntrack.flows(port.family) if places else ()
+        stale = [flow for flow in known if flow[:4] in places and places[flow[:4]].means(flow)]
         if not stale:
             return Finding("fine", about, "none goes to an endpoint that does not serve")
         gone = _named(sorted({flow.endpoint for flow in stale}))

@@ -2,8 +2,11 @@
 
 TCP notices when its endpoint is gone. UDP and SCTP flows that conntrack knows are sent on to where they went
 before, whatever the rules say now: as long as a client keeps sending, they stay black-holed (kubernetes#139628: 13
-hours). So when an endpoint stops serving, its flows are forgotten, and when a port gets its first endpoint, the flows
-that were never translated are.
+hours). So flows to a service port that none of its living endpoints answers are forgotten: those of an endpoint that
+is gone, and those from before there was anybody to translate them to, which the address itself "answers".
+
+As with TCP, a flow to an endpoint that lives is left alone, whether new connections go there (policies, topology
+hints, termination) or not; and so are the flows of a Service that is deleted.
 """
 
 from __future__ import annotations
@@ -27,18 +30,21 @@ class Flow(NamedTuple):
 
 
 class Stale(NamedTuple):
-    """Flows to forget: those to `destination` and `port` that `endpoint` answers."""
+    """Flows to forget: those to `destination` and `port` that none of `living` answers."""
 
     family: Family
     protocol: Protocol
-    destination: str  # "" for any: a NodePort
+    destination: str
     port: int
-    endpoint: str  # "" for whoever answers
+    living: frozenset[str]
+
+    def means(self, flow: Flow) -> bool:
+        return flow[:4] == self[:4] and flow.endpoint not in self.living
 
 
 class _Served(NamedTuple):
-    port: ServicePort
-    endpoints: frozenset[str]
+    places: frozenset[tuple[str, int]]  # (address, port) it is served at
+    living: frozenset[str]
 
 
 class Flows:
@@ -51,51 +57,37 @@ class Flows:
         self._node_addresses = node_addresses
         self._served: dict[PortKey, _Served] = {}
 
-    def change(self, key: PortKey, port: ServicePort | None, endpoints: Iterable[str]) -> list[Stale]:
-        """From now on these endpoints serve the port; port None: it is gone."""
+    def change(self, key: PortKey, port: ServicePort | None, endpoints: Iterable[Endpoint]) -> list[Stale]:
+        """From now on these are all endpoints of the port; port None: it is gone."""
         if key[0].protocol not in CONNECTIONLESS:
             return []
-        old = self._served.pop(key, None)
-        now = frozenset(endpoints) if port else frozenset()
-        stale = [s for gone in sorted(old.endpoints - now) for s in self._answered(old.port, gone)] if old else []
-        if port:
-            self._served[key] = _Served(port, now)
-            if now and not (old and old.endpoints):
-                stale += self._untranslated(port)
-        return stale
+        old = self._served.pop(key, _Served(frozenset(), frozenset()))
+        if port is None:
+            return []
+        now = self._served[key] = _Served(frozenset(self._places(port)), living(endpoints))
+        grown = old.living and old.living <= now.living  # somebody more takes no flow from the others
+        nobody = not old.living and not now.living  # then a refusal is all there is to it
+        if nobody or (grown and now.places <= old.places):
+            return []
+        return list(_stale(key, now))
 
-    def left_over(self, flows: Iterable[Flow]) -> list[Stale]:
-        """What is stale already when the agent starts. Looks at all ports: not for the change path."""
-        ports: dict[tuple[Family, Protocol, str, int], frozenset[str]] = {}
-        for port, endpoints in self._served.values():
-            for ip in _addresses(port):
-                ports[port.family, port.name.protocol, ip, port.port] = endpoints
-            if port.node_port:
-                for ip in self._node_addresses(port.family):
-                    ports[port.family, port.name.protocol, ip, port.node_port] = endpoints
-        if not ports:
-            return []  # without asking for a single flow: the kernel looks through its whole table for them
-        found = []
-        for flow in flows:
-            serving = ports.get((flow.family, flow.protocol, flow.destination, flow.port))
-            if serving and flow.endpoint not in serving:
-                found.append(Stale(*flow))
-        return found
+    def all(self, family: Family) -> list[Stale]:
+        """What may be stale when an agent starts, of all ports: also of those that lost their last endpoint before."""
+        return [s for key, served in self._served.items() if key[1] is family for s in _stale(key, served)]
 
-    @staticmethod
-    def _answered(port: ServicePort, endpoint: str) -> Iterator[Stale]:
-        for ip in _addresses(port):
-            yield Stale(port.family, port.name.protocol, ip, port.port, endpoint)
-        if port.node_port:
-            yield Stale(port.family, port.name.protocol, "", port.node_port, endpoint)
-
-    def _untranslated(self, port: ServicePort) -> Iterator[Stale]:
-        """Flows from before there was anybody to translate them to: they are "answered" by the address itself."""
-        for ip in _addresses(port):
-            yield Stale(port.family, port.name.protocol, ip, port.port, str(Endpoint(ip, port.port)))
+    def _places(self, port: ServicePort) -> Iterator[tuple[str, int]]:
+        for ip in (port.cluster_ip, *port.external_ips, *port.load_balancer_ips):
+            yield ip, port.port
         for ip in self._node_addresses(port.family) if port.node_port else ():
-            yield Stale(port.family, port.name.protocol, ip, port.node_port, str(Endpoint(ip, port.node_port)))
+            yield ip, port.node_port
 
 
-def _addresses(port: ServicePort) -> Iterable[str]:
-    return dict.fromkeys((port.cluster_ip, *port.external_ips, *port.load_balancer_ips))
+def living(endpoints: Iterable[Endpoint]) -> frozenset[str]:
+    """Endpoints whose flows go on: those that serve, and where none does all that there are."""
+    there = list(endpoints)
+    return frozenset(str(e) for e in [e for e in there if e.serving] or there)
+
+
+def _stale(key: PortKey, served: _Served) -> Iterator[Stale]:
+    for ip, number in sorted(served.places):
+        yield Stale(key[1], key[0].protocol, ip, number, served.living)

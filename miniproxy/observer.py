@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from .flows import Flow, Stale
+from .flows import Stale
 from .model import Batch, Family, PortKey, ServicePort
 from .policy import Serving
 from .problems import News
@@ -156,8 +156,6 @@ class ObservedBackend:
 class Conntrack(Protocol):
     """What the agent needs of kernel/conntrack.py."""
 
-    def flows(self, family: Family) -> Iterable[Flow]: ...
-
     def forget(self, stale: Iterable[Stale]) -> int: ...
 
 
@@ -168,9 +166,6 @@ class ObservedConntrack:
         self._conntrack = conntrack
         self._observer = observer
         self._clock = clock
-
-    def flows(self, family: Family) -> Iterable[Flow]:
-        return self._conntrack.flows(family)
 
     def forget(self, stale: Iterable[Stale]) -> int:
         stale = tuple(stale)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
+from msgspec.structs import replace
 
 from miniproxy.flows import Flow, Flows, Stale
-from miniproxy.model import Family, ServicePort, ServicePortName
+from miniproxy.model import Endpoint, Family, ServicePort, ServicePortName
 
 DNS = ServicePort(
     ServicePortName("kube-system", "dns", "dns", "UDP"),
@@ -17,7 +17,7 @@ DNS = ServicePort(
     load_balancer_ips=("192.0.2.1",),
 )
 KEY = (DNS.name, Family.V4)
-A, B, C = "10.1.0.1:5353", "10.1.0.2:5353", "10.1.0.3:5353"
+A, B, C = (Endpoint(f"10.1.0.{n}", 5353) for n in (1, 2, 3))
 NODE = ("172.30.0.2", "127.0.0.1")
 
 
@@ -26,62 +26,92 @@ def flows() -> Flows:
     return Flows(lambda family: NODE)
 
 
-def answered_by(endpoint: str) -> set[Stale]:
-    places = (("10.96.0.10", 53), ("192.0.2.1", 53), ("", 30053))
-    return {Stale(Family.V4, "UDP", ip, port, endpoint) for ip, port in places}
+def unless(*living: Endpoint, ip: str = "10.96.0.10") -> set[Stale]:
+    """Flows to the port's places that none of these answers."""
+    places = ((ip, 53), ("192.0.2.1", 53), *((node, 30053) for node in NODE))
+    return {Stale(Family.V4, "UDP", where, port, frozenset(map(str, living))) for where, port in places}
 
 
 def test_flows_of_an_endpoint_that_goes(flows: Flows) -> None:
     flows.change(KEY, DNS, [A, B])
-    assert set(flows.change(KEY, DNS, [B])) == answered_by(A)
+    assert set(flows.change(KEY, DNS, [B])) == unless(B)
     assert flows.change(KEY, DNS, [B]) == []
     assert flows.change(KEY, DNS, [B, C]) == [], "new endpoints take nothing from the others"
 
 
-def test_flows_of_all_endpoints_when_scaled_to_zero_or_deleted(flows: Flows) -> None:
-    for port in (DNS, None):
-        flows.change(KEY, DNS, [A, B])
-        assert set(flows.change(KEY, port, [])) == answered_by(A) | answered_by(B)
+def test_all_flows_when_scaled_to_zero(flows: Flows) -> None:
+    flows.change(KEY, DNS, [A, B])
+    assert set(flows.change(KEY, DNS, [])) == unless()
+    assert flows.change(KEY, DNS, []) == []
 
 
-def test_flows_never_translated_when_somebody_serves_at_last(flows: Flows) -> None:
+def test_flows_never_translated_and_those_of_before_when_somebody_serves_at_last(flows: Flows) -> None:
+    assert flows.change(KEY, DNS, []) == []
+    assert set(flows.change(KEY, DNS, [A])) == unless(A)
     flows.change(KEY, DNS, [])
-    places = [("10.96.0.10", 53), ("192.0.2.1", 53), *((ip, 30053) for ip in NODE)]
-    untranslated = {Stale(Family.V4, "UDP", ip, port, f"{ip}:{port}") for ip, port in places}
-    assert set(flows.change(KEY, DNS, [A])) == untranslated
-    flows.change(KEY, DNS, [])
-    assert untranslated <= set(flows.change(KEY, DNS, [B]))
+    assert set(flows.change(KEY, DNS, [B])) == unless(B)
 
 
-def test_flows_to_an_address_that_goes_with_its_endpoint(flows: Flows) -> None:
+def test_flows_to_an_address_that_is_new(flows: Flows) -> None:
     flows.change(KEY, DNS, [A])
-    moved = msgspec.structs.replace(DNS, cluster_ip="10.96.0.11")
-    assert Stale(Family.V4, "UDP", "10.96.0.10", 53, A) in flows.change(KEY, moved, [B])
+    moved = replace(DNS, cluster_ip="10.96.0.11")
+    assert set(flows.change(KEY, moved, [A])) == unless(A, ip="10.96.0.11")
+    assert flows.change(KEY, replace(moved, load_balancer_ips=()), [A]) == []
 
 
 def test_flows_to_the_port_before_when_the_target_port_changes(flows: Flows) -> None:
     flows.change(KEY, DNS, [A])
-    assert set(flows.change(KEY, DNS, ["10.1.0.1:5354"])) == answered_by(A)
+    assert set(flows.change(KEY, DNS, [replace(A, port=5354)])) == unless(replace(A, port=5354))
+
+
+def test_an_endpoint_that_drains_or_is_out_of_reach_by_policy_keeps_its_flows(flows: Flows) -> None:
+    flows.change(KEY, DNS, [A, B])
+    draining = replace(A, ready=False, serving=True, terminating=True)
+    assert flows.change(KEY, DNS, [draining, B]) == []
+    assert flows.change(KEY, DNS, [replace(A, zone_hints=("elsewhere",)), B]) == []
+    assert set(flows.change(KEY, DNS, [replace(draining, serving=False), B])) == unless(B)
+
+
+def test_where_none_serves_all_that_are_there_keep_their_flows(flows: Flows) -> None:
+    flows.change(KEY, DNS, [A])
+    assert flows.change(KEY, DNS, [replace(A, ready=False, serving=False)]) == []
+
+
+def test_a_deleted_service_and_a_renamed_port_keep_their_flows(flows: Flows) -> None:
+    flows.change(KEY, DNS, [A])
+    assert flows.change(KEY, None, []) == []
+    renamed = replace(DNS, name=DNS.name._replace(port="other"))
+    assert set(flows.change((renamed.name, Family.V4), renamed, [A])) == unless(A)
 
 
 def test_tcp_is_left_alone(flows: Flows) -> None:
-    tcp = msgspec.structs.replace(DNS, name=DNS.name._replace(protocol="TCP"))
+    tcp = replace(DNS, name=DNS.name._replace(protocol="TCP"))
     assert flows.change((tcp.name, Family.V4), tcp, [A]) == []
-    assert flows.change((tcp.name, Family.V4), None, []) == []
+    assert flows.change((tcp.name, Family.V4), tcp, []) == []
+    assert flows.all(Family.V4) == []
 
 
 def test_what_went_stale_while_no_agent_ran(flows: Flows) -> None:
     flows.change(KEY, DNS, [A])
-
-    def flow(to: str, port: int, by: str) -> Flow:
-        return Flow(Family.V4, "UDP", to, port, by)
-
-    stale = [flow("10.96.0.10", 53, B), flow("172.30.0.2", 30053, B), flow("192.0.2.1", 53, "192.0.2.1:53")]
-    right = [flow("10.96.0.10", 53, A), flow("127.0.0.1", 30053, A)]
-    others = [flow("8.8.8.8", 53, "8.8.8.8:53"), flow("8.8.8.8", 30053, "8.8.8.8:30053"), flow("10.96.0.10", 54, B)]
-    assert flows.left_over(stale + right + others) == [Stale(*f) for f in stale]
-
-
-def test_an_address_nobody_serves_is_left_to_its_refusal(flows: Flows) -> None:
+    assert set(flows.all(Family.V4)) == unless(A)
+    assert flows.all(Family.V6) == []
     flows.change(KEY, DNS, [])
-    assert flows.left_over([Flow(Family.V4, "UDP", "10.96.0.10", 53, "10.96.0.10:53")]) == []
+    assert set(flows.all(Family.V4)) == unless(), "its last endpoint may have gone meanwhile"
+
+
+@pytest.mark.parametrize(
+    ("to", "port", "by", "meant"),
+    [
+        ("10.96.0.10", 53, "10.1.0.2:5353", True),
+        ("172.30.0.2", 30053, "10.1.0.2:5353", True),
+        ("192.0.2.1", 53, "192.0.2.1:53", True),
+        ("10.96.0.10", 53, "10.1.0.1:5353", False),
+        ("127.0.0.1", 30053, "10.1.0.1:5353", False),
+        ("8.8.8.8", 53, "8.8.8.8:53", False),
+        ("8.8.8.8", 30053, "8.8.8.8:30053", False),
+        ("10.96.0.10", 54, "10.1.0.2:5353", False),
+    ],
+)
+def test_which_flows_are_meant(flows: Flows, to: str, port: int, by: str, meant: bool) -> None:
+    flows.change(KEY, DNS, [A])
+    assert any(s.means(Flow(Family.V4, "UDP", to, port, by)) for s in flows.all(Family.V4)) is meant

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from miniproxy.agent import Agent
 from miniproxy.config import Settings
-from miniproxy.flows import Flow, Stale
+from miniproxy.flows import Stale
 from miniproxy.kernel import counters
 from miniproxy.kernel.exec import Completed
 from miniproxy.metrics import Metrics
@@ -37,9 +37,6 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 class Conntrack:
     """A conntrack that has one stale flow of each kind it is asked to forget."""
-
-    def flows(self, family: Family) -> Iterable[Flow]:
-        return ()
 
     def forget(self, stale: Iterable[Stale]) -> int:
         return len(list(stale))
@@ -328,7 +325,7 @@ def test_conntrack() -> None:
     bench = Bench(Family.V4)
     bench.metrics.forgot(Family.V4, 7, 0.003)
     assert bench.value("kubeproxy_conntrack_reconciler_deleted_entries_total", ip_family="IPv4") == 7
-    stale = [Stale(Family.V6, "UDP", "", 53, "")]
+    stale = [Stale(Family.V6, "UDP", "fd00:96::10", 53, frozenset())]
     metrics = Metrics("iptables", list(Family))
     assert ObservedConntrack(Conntrack(), metrics).forget(iter(stale)) == 1
     found = samples(metrics.page().body)

@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from ..flows import CONNECTIONLESS, Flow, Stale
 from ..model import PROTOCOL_NAMES, PROTOCOL_NUMBERS, Endpoint, Family, Protocol
@@ -27,22 +27,24 @@ _IP_SRC = {Family.V4: 1, Family.V6: 3}
 _IP_DST = {Family.V4: 2, Family.V6: 4}
 _PROTO_NUM, _PROTO_SRC_PORT, _PROTO_DST_PORT = 1, 2, 3
 _FILTER_ORIG_FLAGS, _FILTER_PROTO_NUM, _FILTER_DST_PORT = 1, 1 << 3, 1 << 5
+_MOST_DUMPS = 4
 _AF = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 
 
 def forget(stale: Iterable[Stale]) -> int:
     """Delete these flows; returns how many there were. Raises OSError."""
-    wanted: dict[tuple[Family, Protocol, int], set[tuple[str, str]]] = defaultdict(set)
+    wanted: dict[tuple[Family, Protocol], dict[tuple[str, int], Stale]] = defaultdict(dict)
     for s in stale:
-        wanted[s.family, s.protocol, s.port].add((s.destination, s.endpoint))
+        wanted[s.family, s.protocol][s.destination, s.port] = s  # the last one knows best who lives
     count = 0
     with Netlink.open(NETFILTER) as netlink:
-        for (family, protocol, port), pairs in wanted.items():
-            found = [
-                tuple_
-                for flow, tuple_ in _dump(netlink, family, protocol, port)
-                if not pairs.isdisjoint(_descriptions(flow))
-            ]
+        for (family, protocol), by_place in wanted.items():
+            ports = {port for _, port in by_place}
+            found = []
+            for flow, tuple_ in _dump_ports(netlink, family, protocol, ports):
+                meant = by_place.get((flow.destination, flow.port))
+                if meant and meant.means(flow):
+                    found.append(tuple_)
             count += _delete(netlink, family, found)
     return count
 
@@ -55,10 +57,12 @@ def flows(family: Family) -> Iterator[Flow]:
                 yield flow
 
 
-def _descriptions(flow: Flow) -> tuple[tuple[str, str], ...]:
-    """(destination, endpoint) of all Stale that mean this flow."""
-    to, by = flow.destination, flow.endpoint
-    return (to, by), ("", by), (to, ""), ("", "")
+def _dump_ports(
+    netlink: Netlink, family: Family, protocol: Protocol, ports: Collection[int]
+) -> Iterator[tuple[Flow, bytes]]:
+    """Flows to these ports; where there are many of them, to all: for each the kernel goes through its whole table."""
+    for port in ports if len(ports) <= _MOST_DUMPS else (0,):
+        yield from _dump(netlink, family, protocol, port)
 
 
 def _dump(netlink: Netlink, family: Family, protocol: Protocol, port: int) -> Iterator[tuple[Flow, bytes]]:

@@ -54,14 +54,10 @@ def flows(namespace: Namespace, family: Family) -> set[Flow]:
 
 
 def forget(namespace: Namespace, *stale: Stale) -> int:
-    found: int = call(
-        namespace, f"forget([Stale(Family(s[0]), *s[1:]) for s in {[list(map(_plain, s)) for s in stale]}])"
-    )
+    plain = [(int(s.family), *s[1:4], sorted(s.living)) for s in stale]
+    made = f"[Stale(Family(s[0]), *s[1:4], frozenset(s[4])) for s in {plain}]"
+    found: int = call(namespace, f"forget({made})")
     return found
-
-
-def _plain(value: object) -> object:
-    return int(value) if isinstance(value, Family) else value
 
 
 @pytest.mark.parametrize("family", Family)
@@ -73,20 +69,39 @@ def test_lists_what_is_there(namespace: Namespace, family: Family) -> None:
 
 
 @pytest.mark.parametrize("family", Family)
-@pytest.mark.parametrize(("to", "by"), [(0, 0), (None, 1), (1, None)])
-def test_forgets_just_these(namespace: Namespace, family: Family, to: int | None, by: int | None) -> None:
+@pytest.mark.parametrize("living", [(), (0,), (0, 1)])
+def test_forgets_what_none_of_the_living_answers(namespace: Namespace, family: Family, living: tuple[int, ...]) -> None:
     made = fill(namespace, family)
-    destination = "" if to is None else VIP[family][to]
-    endpoint = "" if by is None else answer(ENDPOINT[family][by])
-    gone = {f for f in made if f.port == 53 and destination in ("", f.destination) and endpoint in ("", f.endpoint)}
-    assert forget(namespace, Stale(family, "UDP", destination, 53, endpoint)) == len(gone)
+    answers = frozenset(answer(ENDPOINT[family][n]) for n in living)
+    to = VIP[family][1]
+    gone = {f for f in made if (f.destination, f.port) == (to, 53) and f.endpoint not in answers}
+    assert forget(namespace, Stale(family, "UDP", to, 53, answers)) == len(gone) == 2 - len(living)
     assert flows(namespace, family) == made - gone
 
 
 def test_forgetting_what_is_not_there(namespace: Namespace) -> None:
     made = fill(namespace, Family.V4)
-    assert forget(namespace, Stale(Family.V4, "SCTP", "10.96.0.10", 53, ""), Stale(Family.V4, "UDP", "", 99, "")) == 0
+    nobody = [
+        Stale(Family.V4, "SCTP", "10.96.0.10", 53, frozenset()),
+        Stale(Family.V4, "UDP", "10.96.0.9", 53, frozenset()),
+    ]
+    assert forget(namespace, *nobody) == 0
     assert flows(namespace, Family.V4) == made
+
+
+def test_of_two_words_about_one_place_the_last_counts(namespace: Namespace) -> None:
+    made = fill(namespace, Family.V4)
+    to, answers = VIP[Family.V4][0], [answer(ip) for ip in ENDPOINT[Family.V4]]
+    older = Stale(Family.V4, "UDP", to, 53, frozenset(answers[:1]))
+    assert forget(namespace, older, older._replace(living=frozenset(answers))) == 0
+    assert flows(namespace, Family.V4) == made
+
+
+def test_many_ports_at_once(namespace: Namespace) -> None:
+    made = fill(namespace, Family.V4, tuple(range(1000, 1010)))
+    to = VIP[Family.V4][0]
+    assert forget(namespace, *(Stale(Family.V4, "UDP", to, port, frozenset()) for port in range(1000, 1009))) == 18
+    assert flows(namespace, Family.V4) == {f for f in made if f.destination != to or f.port == 1009}
 
 
 def test_many_flows(namespace: Namespace) -> None:

@@ -104,3 +104,7 @@ def test_follows_a_change_that_no_agent_saw(scene: Scene) -> None:
         scene.serve(B)
         with scene.agent() as agent:
             hears(client, agent, f"{B}:{PORT}")
+            agent.kill()
+        scene.serve()
+        with scene.agent() as agent:
+            hears(client, agent, "nobody")
