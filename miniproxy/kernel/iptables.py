@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ..model import Family
 from ..planner import rules
-from ..planner.iptables import LAYOUT, IptablesObject, Layout
+from ..planner.iptables import LAYOUT, SHARED_FIREWALL, IptablesObject, Layout
 from ..transaction import Change, MissingError, Transaction, TransactionError
 from .exec import Runner, run
 
@@ -114,7 +114,7 @@ def cleanup(family: Family, variant: Variant, runner: Runner = run) -> int:
     saved = rules.parse_save(kernel.save())
     keep = set(saved.borrowed)
     if any(hint in saved.chains for hint in _HINTS):
-        keep.add(("filter", "KUBE-FIREWALL"))
+        keep.add(("filter", SHARED_FIREWALL))
     changes = [c for obj in saved.objects.values() for c in rules.removal(obj, keep)]
     transaction = rules.render(changes)
     canaries = [table for table, chain in sorted(saved.chains) if chain == "KUBE-PROXY-CANARY"]

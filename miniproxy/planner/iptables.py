@@ -29,6 +29,7 @@ NODE_PORTS = "KUBE-NODEPORTS"
 SERVICES = "KUBE-SERVICES"
 EXTERNAL_SERVICES = "KUBE-EXTERNAL-SERVICES"
 PROXY_FIREWALL = "KUBE-PROXY-FIREWALL"
+SHARED_FIREWALL = "KUBE-FIREWALL"  # the kubelet's too: what is in it may be its own
 
 # With more endpoints than that kube-proxy leaves out the comments on them: nearly half of the table's size, which the
 # kernel copies and checks at each change. Who takes over from the other must find the same rules.
@@ -51,7 +52,7 @@ LAYOUT = Layout(
         "nat": {MARK_MASQ, "KUBE-POSTROUTING", "KUBE-NODE-PORT", "KUBE-LOAD-BALANCER"},
         "filter": {
             "KUBE-FORWARD",
-            "KUBE-FIREWALL",
+            SHARED_FIREWALL,
             "KUBE-NODE-PORT",
             "KUBE-IPVS-FILTER",
             "KUBE-IPVS-OUT-FILTER",
@@ -366,7 +367,7 @@ def frame(
             ),
         ),
         Chain("filter", "KUBE-FORWARD", tuple(forward)),
-        Chain("filter", "KUBE-FIREWALL", (localnet,) if guard_localhost else ()),
+        Chain("filter", SHARED_FIREWALL, (localnet,) if guard_localhost else ()),
         DispatchChain("nat", NODE_PORTS),
         DispatchChain("nat", SERVICES, tuple(_node_port_tail(settings, node, family, local_addresses))),
         DispatchChain("filter", NODE_PORTS),
@@ -421,7 +422,7 @@ _HOOKS = (
         "filter",
         "INPUT",
         (
-            "-j KUBE-FIREWALL",
+            f"-j {SHARED_FIREWALL}",
             _FIREWALL_HOOK,
             hook(NODE_PORTS, "kubernetes health check service ports", new=False),
             _EXTERNAL_HOOK,
@@ -437,7 +438,7 @@ _HOOKS = (
             _EXTERNAL_HOOK,
         ),
     ),
-    Hooks("filter", "OUTPUT", ("-j KUBE-FIREWALL", _FIREWALL_HOOK, _PORTALS_HOOK)),
+    Hooks("filter", "OUTPUT", (f"-j {SHARED_FIREWALL}", _FIREWALL_HOOK, _PORTALS_HOOK)),
 )
 
 

@@ -27,11 +27,13 @@ from .iptables import IptablesObject, Layout
 LINK = "kube-ipvs0"
 OUT_FILTER = "KUBE-IPVS-OUT-FILTER"
 
-# Everything of iptables mode that IPVS mode lacks is named too, so that what is left of it is found, and removed.
+# Everything of iptables mode that IPVS mode lacks is named too, so that what is left of it is found, and removed; but
+# for the chain that is the kubelet's too.
 LAYOUT = Layout(
     fixed={
         "nat": {*iptables.LAYOUT.fixed["nat"], *iptables.LAYOUT.dispatch["nat"]},
-        "filter": {*iptables.LAYOUT.fixed["filter"], *iptables.LAYOUT.dispatch["filter"]} - {OUT_FILTER},
+        "filter": {*iptables.LAYOUT.fixed["filter"], *iptables.LAYOUT.dispatch["filter"]}
+        - {OUT_FILTER, iptables.SHARED_FIREWALL},
     },
     dispatch={"nat": set(), "filter": {OUT_FILTER}},
 )

@@ -19,6 +19,7 @@ from ..transaction import Change, Transaction
 from .iptables import (
     BUILT_IN,
     LAYOUT,
+    SHARED_FIREWALL,
     TABLES,
     Chain,
     DispatchChain,
@@ -201,6 +202,8 @@ def same(planned: IptablesObject, actual: IptablesObject) -> bool:
     """Whether the kernel's object is what is planned, whatever the spelling."""
     if planned == actual:
         return True
+    if isinstance(planned, Chain) and planned.name == SHARED_FIREWALL and not planned.rules:
+        return True  # it has to be there, and what is in it is the kubelet's
     return _parts(planned) == _parts(actual)
 
 

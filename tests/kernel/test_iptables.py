@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from miniproxy.config import Settings
 from miniproxy.kernel.exec import Completed, run
 from miniproxy.kernel.iptables import Iptables, Variant, cleanup, detect_variant
 from miniproxy.model import Batch, Family, Object, ServicePortName
-from miniproxy.planner import iptables
+from miniproxy.planner import iptables, ipvs_text
 from miniproxy.planner.iptables import Chain
 from miniproxy.transaction import Transaction, TransactionError
 from tests import world
@@ -96,6 +97,16 @@ def world_of(seed: int) -> list[Object]:
     return found
 
 
+KUBELETS = """*mangle
+:KUBE-KUBELET-CANARY - [0:0]
+COMMIT
+*filter
+:KUBE-FIREWALL - [0:0]
+-A KUBE-FIREWALL ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment "block incoming localnet connections" -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP
+-A INPUT -j KUBE-FIREWALL
+-A OUTPUT -j KUBE-FIREWALL
+COMMIT
+"""  # noqa: E501
 FOREIGN = """*nat
 :CNI-HOSTPORT-SETMARK - [0:0]
 -A CNI-HOSTPORT-SETMARK -m comment --comment "CNI portfwd masquerade mark" -j KUBE-MARK-MASQ
@@ -146,6 +157,27 @@ def test_cleanup_leaves_the_kubelets_firewall(namespace: Namespace) -> None:
     kernel.apply(Transaction.of("*mangle\n:KUBE-KUBELET-CANARY - [0:0]\nCOMMIT\n"))
     cleanup(Family.V4, "nft", Inside(namespace))
     assert [r.split(" -j ")[-1] for r in rules_of(kernel)] == ["KUBE-FIREWALL", "DROP", "KUBE-FIREWALL"]
+
+
+@pytest.mark.parametrize("localhost_node_ports", [True, False])
+def test_the_kubelets_firewall_stays(namespace: Namespace, localhost_node_ports: bool) -> None:
+    """The kubelet writes it once, at its start; it is there when our frame has none of its rules, too."""
+    kernel = Iptables(Family.V4, "nft", Inside(namespace))
+    kernel.apply(Transaction.of(KUBELETS))
+    before = rules_of(kernel)
+    changed = msgspec.structs.replace(SETTINGS, localhost_node_ports=localhost_node_ports)
+    agent = Agent(changed, iptables, {Family.V4: kernel})
+    agent.handle(Batch(tuple(world_of(seed=4)), synced=True))
+    sync(agent)
+    assert agent.check() == {Family.V4: 0}
+    assert set(before) <= set(rules_of(kernel))
+    assert sum(rule.startswith("-A KUBE-FIREWALL") for rule in rules_of(kernel)) == 1
+
+
+def test_ipvs_mode_has_nothing_to_do_with_the_kubelets_firewall(namespace: Namespace) -> None:
+    kernel = Iptables(Family.V4, "nft", Inside(namespace), ipvs_text.LAYOUT)
+    kernel.apply(Transaction.of(KUBELETS))
+    assert kernel.read() == {}
 
 
 @pytest.mark.parametrize("there", [True, False])
