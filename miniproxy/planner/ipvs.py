@@ -106,7 +106,9 @@ class _ServicePlan:
         self.node = node
         self.protocol = port.name.protocol
         self.proto = port.name.protocol.lower()
-        self.scheduler, *flags = (port.scheduler or settings.ipvs_scheduler).split(",")
+        # What is configured has no flags, and kube-proxy hashes the port too then.
+        configured = "mh,mh-port" if settings.ipvs_scheduler == "mh" else settings.ipvs_scheduler
+        self.scheduler, *flags = (port.scheduler or configured).split(",")
         self.flags = ",".join(sorted(set(flags)))  # in the kernel's order
         self.local = _own_addresses(node, port.family)
         self.node_ports = node_port_addresses(settings, node, port.family) if port.node_port else ()
@@ -147,15 +149,15 @@ class _ServicePlan:
         if self.port.external_local and self.no_local:
             yield self.entry("KUBE-EXTERNAL-NO-LOCAL", ip)
         yield self.virtual_server(ip, self.port.port, self.external)
-        yield from self.bind(ip)
+        if ip not in self.local:  # the node's own address is bound anyway, and goes with its own link
+            yield from self.bind(ip)
 
     def load_balancer(self, ip: str) -> Iterator[Object]:
         port = self.port
         yield self.entry("KUBE-LOAD-BALANCER", ip)
         if port.external_local:
             yield self.entry("KUBE-LOAD-BALANCER-LOCAL", ip)
-        # Sets of networks do not take /0, and it is what no source ranges mean.
-        if port.source_ranges and not any(cidr.endswith("/0") for cidr in port.source_ranges):
+        if port.source_ranges:
             yield from self.source_ranges(ip)
         yield from self.external_address(ip)
 
@@ -192,10 +194,9 @@ class _ServicePlan:
             yield self.virtual_server(ip, number, self.external)
 
     def bind(self, ip: str) -> Iterator[Object]:
-        """A VIP becomes an address of this node, unless it is one anyway."""
-        if ip not in self.local:
-            yield SetEntry(set_name("KUBE-IPVS-IPS", self.port.family), ip)
-            yield VirtualAddress(ip)
+        """A VIP becomes an address of this node."""
+        yield SetEntry(set_name("KUBE-IPVS-IPS", self.port.family), ip)
+        yield VirtualAddress(ip)
 
     def virtual_server(self, ip: str, number: int, endpoints: Sequence[Endpoint]) -> VirtualServer:
         servers = tuple(sorted(RealServer(e.ip, e.port) for e in endpoints))

@@ -279,11 +279,12 @@ class Frame:
         addresses = node_port_addresses(self.settings)
         if "primary" in addresses:
             yield f"{self.ip} daddr @node-ips {verdict}", ""
+            return
         loopback = "::1" if self.family is Family.V6 else "127.0.0.0/8"
-        for cidr in addresses:
-            if cidr != "primary" and Family.of(cidr) is self.family:
-                within = "" if cidr.endswith("/0") else f"{self.ip} daddr {cidr} "
-                yield f"{self.ip} daddr != {loopback} {within}fib daddr type local {verdict}", ""
+        # Ranges of the other family alone say nothing about this one.
+        for cidr in [c for c in addresses if Family.of(c) is self.family] or [f"{ANY[self.family]}/0"]:
+            within = "" if cidr.endswith("/0") else f"{self.ip} daddr {cidr} "
+            yield f"{self.ip} daddr != {loopback} {within}fib daddr type local {verdict}", ""
 
     def cluster(self) -> Iterator[tuple[str, str]]:
         """Traffic to a cluster IP from outside the pod network has to come back through this node."""

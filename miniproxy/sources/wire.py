@@ -566,7 +566,7 @@ def _ingress(status: _ServiceStatus | None, report: _Report) -> dict[Family, tup
 
 
 def _source_ranges(texts: list[str] | None, report: _Report) -> dict[Family, tuple[str, ...]]:
-    """The ranges of each family; none means everybody.
+    """The ranges of each family; none means everybody, as does a range of all addresses.
 
     kube-proxy skips a range it cannot read, which would open the Service to everybody if it was the only one;
     it leans on the API server to refuse such. Here that family is closed instead: better silent than open.
@@ -575,15 +575,14 @@ def _source_ranges(texts: list[str] | None, report: _Report) -> dict[Family, tup
     """
     canonical = [cidr(text) for text in texts or ()]
     by_family = _by_family([text for text in canonical if text])
-    if "" not in canonical:
-        return by_family
-    closed = [family for family in Family if not by_family.get(family)]
+    closed = [family for family in Family if not by_family.get(family)] if "" in canonical else []
     for i, (text, good) in enumerate(zip(texts or (), canonical, strict=True)):
         if not good:
             note = f"; until then no {' or '.join(map(str, closed))} client is let in" if closed else ""
             reason = f"is not an address range: write one such as 10.0.0.0/8 or fd00::/64{note}"
             report.add(f"spec.loadBalancerSourceRanges[{i}]", f"{quote(text)} {reason}")
-    return {**by_family, **{family: (NOBODY[family],) for family in closed}}
+    bounded = {family: found for family, found in by_family.items() if not any(c.endswith("/0") for c in found)}
+    return {**bounded, **{family: (NOBODY[family],) for family in closed}}
 
 
 class _GoodPort(NamedTuple):

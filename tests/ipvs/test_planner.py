@@ -23,7 +23,7 @@ from miniproxy.model import (
     ServicePortName,
 )
 from miniproxy.planner import ipvs
-from miniproxy.planner.iptables import Chain, DispatchRule
+from miniproxy.planner.iptables import Chain
 from miniproxy.planner.ipvs_text import (
     DummyLink,
     IpSet,
@@ -162,6 +162,12 @@ def test_scheduler(annotation: str, scheduler: str, flags: str) -> None:
     assert (server.scheduler, server.flags) == (scheduler, flags)
 
 
+@pytest.mark.parametrize(("annotation", "flags"), [("", "mh-port"), ("mh", "")])
+def test_mh_hashes_ports_too_where_it_is_configured_for_all(annotation: str, flags: str) -> None:
+    (server,) = (o for o in plan(settings(ipvs_scheduler="mh"), scheduler=annotation) if isinstance(o, VirtualServer))
+    assert (server.scheduler, server.flags) == ("mh", flags)
+
+
 @pytest.mark.parametrize(
     ("fields", "rule"),
     [
@@ -190,15 +196,15 @@ def test_without_known_pods_local_policy_drops_everybody_else() -> None:
     assert firewall.rules[-1].startswith("-m conntrack --ctstate NEW")
 
 
-def test_a_source_range_of_everybody_guards_nothing() -> None:
-    found = plan(load_balancer_ips=("192.0.2.1",), source_ranges=("0.0.0.0/0",))
-    assert not [o for o in found if isinstance(o, DispatchRule)]
-    assert not [o for o in found if isinstance(o, SetEntry) and "FW" in o.set]
-
-
 def test_a_vip_that_is_the_nodes_own_is_not_bound_again() -> None:
     found = plan(external_ips=("172.30.9.2", "198.18.0.1"))
     assert {o.address for o in found if isinstance(o, VirtualAddress)} == {"10.96.0.1", "198.18.0.1"}
+
+
+def test_a_cluster_ip_is_bound_whoever_else_has_it() -> None:
+    """Node-local DNS has it on a link of its own, and may go."""
+    found = plan(node=msgspec.structs.replace(NODE, local=(*NODE.local, "10.96.0.1")))
+    assert [o.address for o in found if isinstance(o, VirtualAddress)] == ["10.96.0.1"]
 
 
 # -- text

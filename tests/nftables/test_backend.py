@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from miniproxy.agent import Agent
 from miniproxy.config import Settings
 from miniproxy.kernel.exec import Completed
 from miniproxy.kernel.nftables import Program, check, cleanup
-from miniproxy.model import Batch, Family, Object, Ref
+from miniproxy.model import Batch, Family, Node, Object, Ref
 from miniproxy.planner import nftables
 from miniproxy.planner.nft_layout import Chain
 from miniproxy.planner.nftables import Element, Frontend, NftablesObject
@@ -95,6 +96,30 @@ def test_the_first_transaction_replaces_whatever_was_there(place: Inside) -> Non
     assert lines[:2] == ["add table ip miniproxy", "delete table ip miniproxy"]
     assert "older" not in place.nft("list", "ruleset")
     assert place.backend(Family.V4).read()
+
+
+LOCAL = "fib daddr type local goto node-ports"
+
+
+@pytest.mark.parametrize(
+    ("addresses", "v4", "v6"),
+    [
+        (("primary",), ["ip daddr @node-ips goto node-ports"], ["ip6 daddr @node-ips goto node-ports"]),
+        (("0.0.0.0/0", "::/0"), [f"ip daddr != 127.0.0.0/8 {LOCAL}"], [f"ip6 daddr != ::1 {LOCAL}"]),
+        # Ranges of the other family only: this one keeps all its addresses.
+        (
+            ("10.0.0.0/8",),
+            [f"ip daddr != 127.0.0.0/8 ip daddr 10.0.0.0/8 {LOCAL}"],
+            [f"ip6 daddr != ::1 {LOCAL}"],
+        ),
+    ],
+)
+def test_where_node_ports_answer(addresses: tuple[str, ...], v4: list[str], v6: list[str]) -> None:
+    settings = msgspec.structs.replace(SETTINGS, node_port_addresses=addresses)
+    for family, want in ((Family.V4, v4), (Family.V6, v6)):
+        frame = nftables.frame(settings, Node("n1", ips=("172.30.0.2", "fd00:30::2")), family)
+        (services,) = (o for o in frame if isinstance(o, Chain) and o.name == "services")
+        assert [rule.partition(" comment ")[0] for rule in services.rules if "node-ports" in rule] == want
 
 
 def test_tables_of_others_are_left_alone(place: Inside) -> None:

@@ -177,6 +177,8 @@ def test_external_policy_means_nothing_without_external_addresses() -> None:
         (["10.0.0.0/40", "203.0.113.0/24"], ("203.0.113.0/24",), (NOBODY[Family.V6],)),
         (["fd00::/129", "fd00::/8"], (NOBODY[Family.V4],), ("fd00::/8",)),
         (["203.0.113.0/24"], ("203.0.113.0/24",), ()),
+        (["0.0.0.0/0", "203.0.113.0/24", "fd00::/8"], (), ("fd00::/8",)),  # all addresses: no range at all
+        (["10.0.0.0/40", "0.0.0.0/0"], (), (NOBODY[Family.V6],)),
     ],
 )
 def test_source_ranges_that_cannot_be_read_never_open_a_service(
