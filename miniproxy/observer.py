@@ -119,10 +119,13 @@ class ObservedBackend:
     ) -> None:
         self.backend = backend
         self.family = family
-        self.batch = backend.batch
         self._observer = observer
         self._clock = clock
         self._rendered: tuple[Transaction | None, Sequence[Change]] = (None, ())
+
+    @property
+    def batch(self) -> int:
+        return self.backend.batch
 
     def read(self) -> dict[Any, Any]:
         objects = self.backend.read()

@@ -88,7 +88,8 @@ class Backend(Protocol):
     """One kind of kernel state in one family, as the reconciler sees it."""
 
     # How many service ports to write in one transaction at most; 0: any number.
-    batch: int
+    @property
+    def batch(self) -> int: ...
 
     def read(self) -> dict[Any, Any]:
         """What the kernel holds that is ours, by key. Raises TransactionError."""

@@ -40,6 +40,7 @@ from . import ipset, links, sysctl
 from .iptables import Iptables
 from .netlink import GENERIC, NO_SUBSYSTEM, TRANSIENT, Netlink, Request, attribute, attributes, explain
 
+_BATCH = 2500  # a program or two run for each transaction; on a cold start, pods meanwhile reach the API server
 _PROC = Path("/proc/thread-self/net")  # of this thread's network namespace
 
 # Commands, linux/ip_vs.h
@@ -371,13 +372,12 @@ class IpvsBackend:
     A transaction of several parts is not atomic; after a failure the reconciler reads what there is.
     """
 
-    batch = 2500  # a program or two run for each transaction; on a cold start, pods meanwhile reach the API server
-
     def __init__(self, family: Family, settings: Settings, iptables: Iptables, draining: Draining) -> None:
         self.family = family
         self.draining = draining
         self._excluded = [ipaddress.ip_network(c, strict=False) for c in settings.ipvs_exclude_cidrs]
         self._iptables = iptables
+        self.batch = _BATCH
 
     def read(self) -> dict[Any, Any]:
         try:
@@ -385,7 +385,10 @@ class IpvsBackend:
         except OSError as error:
             raise TransactionError(f"cannot read IPVS: {error}", transient=True) from error
         self.draining.found(found.draining)
-        return {obj.key: obj for obj in found.objects} | self._iptables.read()
+        chains = self._iptables.read()
+        # Iptables mode's rules go all at once, so until then each Service needs to have all that takes their place.
+        self.batch = 0 if any(map(ipvs_text.serves, chains.values())) else _BATCH
+        return {obj.key: obj for obj in found.objects} | chains
 
     def same(self, planned: Any, actual: Any) -> bool:
         if isinstance(planned, (VirtualServer, VirtualAddress, IpSet, SetEntry, DummyLink)):

@@ -11,6 +11,8 @@ it is there; deleting goes the other way round.
     # ipvsadm --restore              virtual servers that come or change, and their real servers
     # ip -batch                      addresses that come
     # ipset restore                  sets that go: no rule may refer to them any more
+
+Where iptables mode's rules are replaced, those of the table nat come after the addresses: until then they serve.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Literal, NamedTuple
 from ..model import Protocol
 from ..transaction import Change, Transaction
 from . import iptables, rules
-from .iptables import IptablesObject, Layout
+from .iptables import Chain, IptablesObject, Layout
 
 LINK = "kube-ipvs0"
 OUT_FILTER = "KUBE-IPVS-OUT-FILTER"
@@ -146,6 +148,8 @@ def render(changes: Sequence[Change]) -> Transaction:
         kind = change.key[0]
         by_kind[kind if kind in ("link", "address", "set", "entry", "ipvs") else "iptables"].append(change)
     sets = by_kind["set"]
+    chains = by_kind["iptables"]
+    serving = [c for c in chains if _table(c) == "nat"] if any(map(_replaces_services, chains)) else []
     # ipset puts neighbours of one set into one message.
     entries = sorted(by_kind["entry"], key=lambda change: change.key[1])
     sections = (
@@ -159,7 +163,7 @@ def render(changes: Sequence[Change]) -> Transaction:
                 *(f"add {c.after.set} {c.after.entry}" for c in entries if c.after is not None),
             ],
         ),
-        Section("iptables", rules.render(by_kind["iptables"]).text.splitlines()),
+        Section("iptables", _rules(c for c in chains if not serving or _table(c) != "nat")),
         Section("ipvsadm", [line for c in by_kind["ipvs"] if c.after is not None for line in _serve(c)]),
         Section(
             "ip",
@@ -168,9 +172,28 @@ def render(changes: Sequence[Change]) -> Transaction:
                 *(f"addr add {_address(c)}" for c in by_kind["address"] if c.after is not None),
             ],
         ),
+        Section("iptables", _rules(serving)),
         Section("ipset", [f"destroy {c.before.name}" for c in sets if c.after is None]),
     )
     return script(sections)
+
+
+def _table(change: Change) -> str:
+    return str(change.key[1])
+
+
+def _rules(changes: Iterable[Change]) -> list[str]:
+    return rules.render(list(changes)).text.splitlines()
+
+
+def _replaces_services(change: Change) -> bool:
+    """Whether a chain goes or changes to which iptables mode's rules for cluster IPs belong."""
+    return change.before is not None and change.key == ("chain", "nat", iptables.SERVICES)
+
+
+def serves(obj: object) -> bool:
+    """Whether it is a chain that iptables mode sends connections to endpoints with."""
+    return isinstance(obj, Chain) and obj.table == "nat" and bool(rules.PER_SERVICE.match(obj.name))
 
 
 def script(sections: Iterable[Section]) -> Transaction:

@@ -30,7 +30,7 @@ from .iptables import (
 )
 
 _PROTOCOLS = {str(number): protocol.lower() for number, protocol in PROTOCOL_NAMES.items()}  # as `-m ipvs` does
-_PER_SERVICE = re.compile(r"KUBE-(SVC|SVL|EXT|FW|SEP|XLB)-[A-Z2-7]{16}$")
+PER_SERVICE = re.compile(r"KUBE-(SVC|SVL|EXT|FW|SEP|XLB)-[A-Z2-7]{16}$")
 
 # The rule of a cluster IP, nearly all that dispatch chains hold; what _claim makes of it, in one step.
 _USUAL = re.compile(r'-d ([0-9a-f.:]+)/(?:32|128) -p (\w+) -m comment --comment "[^"]*" -m \2 --dport (\d+) -j ')
@@ -122,7 +122,7 @@ def parse_save(text: str, layout: Layout = LAYOUT) -> Saved:
     objects: dict[tuple[str, ...], IptablesObject] = {}
     borrowed = set()
     for (table, name), rules in chains.items():
-        if table == "nat" and _PER_SERVICE.match(name):  # nearly all there are
+        if table == "nat" and PER_SERVICE.match(name):  # nearly all there are
             objects["chain", table, name] = Chain(table, name, tuple(rules))
         elif found := list(_ours(table, name, rules, layout)):
             objects.update((obj.key, obj) for obj in found)
@@ -171,7 +171,7 @@ def _ours(table: str, name: str, rules: list[str], layout: Layout) -> Iterator[I
 
 def _is_ours(table: str, name: str, layout: Layout) -> bool:
     named = layout.fixed.get(table, set()) | layout.dispatch.get(table, set())
-    return name in named or (table == "nat" and bool(_PER_SERVICE.match(name)))
+    return name in named or (table == "nat" and bool(PER_SERVICE.match(name)))
 
 
 def _target(rule: str) -> str:

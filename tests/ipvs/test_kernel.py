@@ -215,6 +215,26 @@ def test_a_failure_between_two_parts_converges(stop_after: int, monkeypatch: pyt
     assert Node(golden_objects()).sync() == []
 
 
+def test_iptables_modes_rules_serve_until_all_that_takes_their_place_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many services there are: beyond a batch, too."""
+    monkeypatch.setattr(kernel, "_BATCH", 5)
+    many = [thing for n in range(10) for thing in (cluster.service(n), cluster.endpoints(n, 2))]
+    objects = [*golden_objects(), *many]
+    Node(objects, msgspec.structs.replace(SETTINGS, mode="iptables")).sync()
+    node = Node(objects)
+    transactions = node.sync()
+    assert len(transactions) == len(Family)
+    for transaction in transactions:
+        lines = transaction.text.splitlines()
+        replaced = lines.index("*nat")
+        served = [n for n, line in enumerate(lines) if line.startswith(("-A -", "-A --sctp", "-a ", "addr add "))]
+        assert len(served) > 20
+        assert max(served) < replaced
+    assert node.sync() == []
+    assert all(reconciler.adopt() == 0 for reconciler in node.agent.reconcilers.values())
+    assert not any("KUBE-SVC-" in line for line in run("iptables-legacy-save").splitlines())
+
+
 def test_drift_is_repaired() -> None:
     node = Node(golden_objects())
     node.sync()

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from miniproxy.agent import Agent
 from miniproxy.config import Settings
+from miniproxy.kernel.nftables import Nftables
 from miniproxy.model import Batch, Family, Object, Ref
 from miniproxy.planner import nftables
 from tests import cluster
@@ -108,7 +109,9 @@ def pieces(count: int) -> Cost:
     """The first load of 10,000 × 10 in so many transactions."""
     with inside() as place:
         agent = fresh(place, objects(10_000, 10))
-        agent.reconcilers[Family.V4].backend.batch = -(-10_001 // count) if count > 1 else 0
+        backend = agent.reconcilers[Family.V4].backend
+        assert isinstance(backend, Nftables)
+        backend.batch = -(-10_001 // count) if count > 1 else 0
         return timed(lambda: synced(agent))
 
 
