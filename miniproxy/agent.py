@@ -21,7 +21,7 @@ from .model import Batch, Endpoint, Family, Node, PortKey, Problem, ProblemKind,
 from .observer import Conntrack, Observer, Synced
 from .policy import Serving, categorize
 from .problems import NO_NEWS, News, Problems
-from .reconciler import Reconciler
+from .reconciler import STALE, Reconciler, Result
 from .tracker import Tracker
 from .transaction import Backend, TransactionError
 
@@ -86,6 +86,7 @@ class Agent:
         self._counts: dict[PortKey, int] = {}  # endpoints of each service port, where their number matters
         self._count = dict.fromkeys(backends, 0)  # and of each family
         self._suspect: set[Family] = set(backends)  # whose kernel state has to be read before it is written
+        self._aside: dict[Family, set[ServicePortName]] = {family: set() for family in backends}
         self._planning = dict.fromkeys(backends, 0.0)  # seconds spent on it since the last sync
         self._compared: set[Family] = set()  # whose kernel state has been read since the last sync
         self._seen: dict[Family, Mapping[Hashable, Any]] = {}  # the kernel state as `look` has read it
@@ -220,10 +221,21 @@ class Agent:
             self._suspect.add(family)
             return Synced(family, None, str(error), self._clock() - start, full)
         self._suspect.discard(family)
-        for name, reason in result.set_aside:
-            self._state(family, name, [f"set aside, its old state keeps serving: {reason}"], "SetAside")
+        self._tell_set_aside(family, reconciler, result)
         self._forget_flows(family)
         return Synced(family, result, "", self._clock() - start, full)
+
+    def _tell_set_aside(self, family: Family, reconciler: Reconciler, result: Result) -> None:
+        """Which service ports the kernel has refused just now, and of which it has thought better."""
+        for name in self._aside[family] - reconciler.aside.keys():
+            port = self.tracker.port((name, family))
+            self._judge(family, name, self._review(port)[1] if port else ())
+        self._aside[family] = set(reconciler.aside)
+        for name, reason in result.set_aside:
+            if name == STALE:
+                log.warning("cannot remove what nobody needs any more: %s", reason, extra=fields(family=family))
+            else:
+                self._state(family, name, [f"set aside, its old state keeps serving: {reason}"], "SetAside")
 
     def _note_flows(self, key: PortKey, port: ServicePort | None, endpoints: Iterable[Endpoint]) -> None:
         stale = self._flows.change(key, port, endpoints)

@@ -15,6 +15,7 @@ from .kernel import iptables as kernel_iptables
 from .kernel import ipvs as kernel_ipvs
 from .kernel import nftables as kernel_nftables
 from .kernel import sysctl
+from .kernel.host import has_ipv6
 from .kernel.iptables import VARIANTS, Iptables, Variant, detect_variant
 from .log import fields
 from .model import Family, ServicePort
@@ -42,8 +43,8 @@ def choose(settings: Settings, *, probing: bool = True) -> Dataplane:
         return _nftables()
     variant = _variant(settings, probing)
     if settings.mode == "ipvs":
-        return _ipvs(settings, variant)
-    backends = {family: Iptables(family, variant) for family in Family}
+        return _ipvs(settings, variant, probing)
+    backends = {family: Iptables(family, variant) for family in _iptables_families(variant, probing)}
     return Dataplane(iptables, backends, lambda: sysctl.prepare_iptables(settings), variant=variant)
 
 
@@ -55,21 +56,35 @@ def _variant(settings: Settings, probing: bool) -> Variant:
     return variant
 
 
+def _families() -> list[Family]:
+    """Those this machine can speak: one that it cannot would fail for ever, and is nobody's fault."""
+    return [Family.V4, Family.V6] if has_ipv6() else [Family.V4]
+
+
+def _iptables_families(variant: Variant, probing: bool) -> list[Family]:
+    found = _families()
+    if probing and Family.V6 in found and (problem := kernel_iptables.missing(Family.V6, variant)):
+        log.warning("IPv6 is left out: %s", problem)
+        found.remove(Family.V6)
+    return found
+
+
 def _nftables() -> Dataplane:
     from .planner import nftables
 
-    backends = {family: kernel_nftables.Nftables(family) for family in Family}
+    backends = {family: kernel_nftables.Nftables(family) for family in _families()}
     return Dataplane(nftables, backends, kernel_nftables.check)
 
 
-def _ipvs(settings: Settings, variant: Variant) -> Dataplane:
+def _ipvs(settings: Settings, variant: Variant, probing: bool) -> Dataplane:
     from .planner import ipvs
     from .planner.ipvs_text import LAYOUT
 
-    draining = {family: Draining(kernel_ipvs.Connections(), time.monotonic) for family in Family}
+    families = _iptables_families(variant, probing)
+    draining = {family: Draining(kernel_ipvs.Connections(), time.monotonic) for family in families}
     backends = {
         family: kernel_ipvs.IpvsBackend(family, settings, Iptables(family, variant, layout=LAYOUT), draining[family])
-        for family in Family
+        for family in families
     }
 
     def tick() -> float:
@@ -130,7 +145,7 @@ def cleanup(keep: Mode | None = None) -> tuple[dict[str, int], list[str]]:
 
     if keep != "ipvs":
         attempt("ipvs", kernel_ipvs.cleanup_servers)
-    for family in Family:
+    for family in _families():
         # iptables and IPVS mode share chains: each removes what it finds of the other.
         for variant in VARIANTS if keep in (None, "nftables") else ():
             attempt(f"iptables-{variant} {family}", partial(kernel_iptables.cleanup, family, variant))

@@ -58,6 +58,7 @@ class Health(Observer):
         self._wall = wall
         self._lock = Lock()
         self._delivered = 0  # batches
+        self._complete = False  # the source has handed over all there is: from now on the kernel can be late
         self._waiting: dict[Family, float] = {}  # since when something has been waiting
         self._updated: dict[Family, float] = {}  # Unix seconds
 
@@ -66,7 +67,8 @@ class Health(Observer):
         gone = any(ref.kind == "Node" and ref.name == self._node_name for ref in batch.deletes)
         with self._lock:
             self._delivered += 1
-            if batch.upserts or batch.deletes:
+            self._complete |= batch.synced
+            if self._complete and (batch.synced or batch.upserts or batch.deletes):
                 for family in self._families:
                     self._waiting.setdefault(family, self._clock())
             if nodes or gone:
@@ -117,16 +119,16 @@ class Health(Observer):
         with self._lock:
             now, wall = self._clock(), self._wall()
             status = {
-                str(family): {"lastUpdated": timestamp(self._updated[family]), "healthy": not self._late(family, now)}
-                for family in self._families
-                if family in self._updated
+                str(family): {"lastUpdated": timestamp(self._updated.get(family, 0)), "healthy": not late}
+                for family, late in [(family, self._late(family, now)) for family in self._families]
+                if late or family in self._updated
             }
             last = max(self._updated.values(), default=0.0)
         healthy = all(entry["healthy"] for entry in status.values())
         good = healthy and eligible is not False
         report: dict[str, Any] = {
             # While all is well this is simply now: kube-proxy's way, from when it synced periodically.
-            "lastUpdated": timestamp(wall) if good else timestamp(last) if last else _NEVER,
+            "lastUpdated": timestamp(wall if good else last),
             "currentTime": timestamp(wall),
         }
         if eligible is not None:
@@ -138,7 +140,7 @@ class Health(Observer):
 
     def _late(self, family: Family, now: float) -> bool:
         since = self._waiting.get(family)
-        return family in self._updated and since is not None and now - since >= self._timeout
+        return since is not None and now - since >= self._timeout
 
 
 class ServiceHealth(Observer):
@@ -228,5 +230,7 @@ def _summary(ports: Mapping[PortKey, _Local]) -> _Shown:
 
 
 def timestamp(seconds: float) -> str:
-    """Unix seconds as RFC 3339 in UTC, with microseconds."""
+    """Unix seconds as RFC 3339 in UTC, with microseconds; 0 is never."""
+    if not seconds:
+        return _NEVER
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

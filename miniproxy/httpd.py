@@ -128,7 +128,7 @@ class Httpd:
                 self._reported.pop(name, None)
                 if site:
                     self._sites[name] = site
-                    await self._bind(name, site)
+                    await self._bind_safely(name, site)
                 else:
                     self._sites.pop(name, None)
 
@@ -138,7 +138,14 @@ class Httpd:
             for name, site in list(self._sites.items()):
                 async with self._one_at_a_time:
                     if which(name) and self._sites.get(name) is site:
-                        await self._bind(name, site)
+                        await self._bind_safely(name, site)
+
+    async def _bind_safely(self, name: Hashable, site: Site) -> None:
+        try:
+            await self._bind(name, site)
+        except Exception:
+            # A fault in our own code must cost the one site it shows with, not all that are still to come.
+            log.exception("cannot serve %s: please report this", name)
 
     async def _bind(self, name: Hashable, site: Site) -> None:
         """Listen where the site should be and nowhere else, as far as that can be had."""
@@ -252,12 +259,13 @@ def _listen(address: Address) -> socket.socket:
     if host:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server(address, family=family, backlog=128)
-    try:
-        return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128)
-    except OSError as error:
-        if not _no_ipv6(error):
-            raise
-        return socket.create_server(("0.0.0.0", port), backlog=128)
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128)
+        except OSError as error:
+            if not _no_ipv6(error):
+                raise
+    return socket.create_server(("0.0.0.0", port), backlog=128)
 
 
 def _no_ipv6(error: OSError) -> bool:

@@ -15,7 +15,7 @@ from .model import ServicePortName
 from .transaction import Backend, Change, Transaction, TransactionError
 
 Owner = ServicePortName | None  # None: the frame, which belongs to no service
-_STALE: Owner = ServicePortName("", "", "stale", "TCP")  # sorts before any service; owns what nobody wants
+STALE: Owner = ServicePortName("", "", "stale", "TCP")  # sorts before any service; owns what nobody wants
 _GIVE_UP = 8  # this many service ports refused in a row and none taken: it is not they who are bad
 
 
@@ -159,7 +159,7 @@ class Reconciler:
                 applied[key] = wanted  # in the planned spelling, so that from here on equality is plain equality
             else:
                 applied[key] = obj
-                dirty[key] = self._owner.get(key, _STALE)
+                dirty[key] = self._owner.get(key, STALE)
         dirty.update((key, owner) for key, owner in self._owner.items() if key not in applied)
         self._applied = applied
         self._dirty = dirty
@@ -174,7 +174,7 @@ class Reconciler:
 
     def differing(self) -> dict[str, int]:
         """How many objects are not as they should be, by whose they are: a service port, the frame, or nobody."""
-        names = {None: "the frame", _STALE: "nobody"}
+        names = {None: "the frame", STALE: "nobody"}
         return {names.get(owner, str(owner)): len(keys) for owner, keys in self._by_owner().items()}
 
     # -- from what is to what should be
@@ -270,7 +270,7 @@ def _urgency(owner: Owner) -> int:
         return 0
     if owner.name == "kubernetes" and owner.namespace == "default":
         return 1
-    return 3 if owner == _STALE else 2
+    return 3 if owner == STALE else 2
 
 
 class _Run:

@@ -136,10 +136,13 @@ class SyncLoop:
         return max(0.0, min(self._due(now), self._check_at, self._tick_at) - now)
 
     def _due(self, now: float) -> float:
-        """When the next sync should start; infinitely late if there is no reason for one."""
-        if self._retry_at is not None:
-            return self._retry_at
-        return now + self._pacer.wait(now) if self._dirty else float("inf")
+        """When the next sync should start; infinitely late if there is no reason for one.
+
+        What is new does not wait for what failed: it may be of the family that works.
+        """
+        if self._dirty:
+            return now + self._pacer.wait(now)
+        return self._retry_at if self._retry_at is not None else float("inf")
 
     def _sync(self, now: float) -> None:
         self._pacer.started(now)

@@ -67,6 +67,34 @@ def test_a_family_that_fails_does_not_hold_up_the_other() -> None:
     assert "KUBE-SERVICES" in good.tables["nat"]
 
 
+def test_a_service_port_that_is_taken_at_last_is_no_problem_any_more(caplog: pytest.LogCaptureFixture) -> None:
+    kernel = FakeIptables()
+    agent = Agent(Settings(node_name="n1"), iptables, {Family.V4: kernel})
+    kernel.refuses = lambda line: "svc-2" in line
+    agent.handle(Batch((cluster.service(1), cluster.service(2)), synced=True))
+    agent.sync()
+    assert ["set aside" in problem.reason for problem in agent.problems] == [True]
+    kernel.refuses = lambda line: False
+    agent.check()
+    agent.sync()
+    assert not agent.problems
+    assert any("svc-2" in rule for rule in kernel.tables["filter"]["KUBE-SERVICES"])
+
+
+def test_what_nobody_needs_and_cannot_be_removed_is_no_services_problem(caplog: pytest.LogCaptureFixture) -> None:
+    kernel = FakeIptables()
+    before = Agent(Settings(node_name="n1"), iptables, {Family.V4: kernel})
+    before.handle(Batch((cluster.service(1),), synced=True))
+    before.sync()
+    kernel.refuses = lambda line: line.startswith("-D KUBE-SERVICES")
+    agent = Agent(Settings(node_name="n1"), iptables, {Family.V4: kernel})
+    agent.handle(Batch((cluster.service(2),), synced=True))
+    agent.sync()
+    assert not agent.problems
+    assert "cannot remove what nobody needs any more" in caplog.text
+    assert any("svc-2" in rule for rule in kernel.tables["filter"]["KUBE-SERVICES"])
+
+
 @pytest.mark.parametrize(("seconds", "reads"), [(1, 1), (60, 2)])
 def test_what_was_read_ahead_is_believed_for_a_while(seconds: float, reads: int) -> None:
     kernel, now, read = FakeIptables(), [1000.0], []

@@ -58,7 +58,7 @@ class Bench:
         self.taken = 0
 
     def node(self, **fields: Any) -> None:
-        self.deliver(Batch((Node("n1", **fields),)))
+        self.deliver(Batch((Node("n1", **fields),), synced=True))
         self.sync()
 
     def deliver(self, batch: Batch = CHANGE) -> None:
@@ -82,9 +82,15 @@ def nothing(bench: Bench) -> None:
     pass
 
 
-def never_synced(bench: Bench) -> None:
+def not_yet_told_everything(bench: Bench) -> None:
     bench.deliver(Batch((Node("n1"),)))
     bench.wait(10 * TIMEOUT)
+
+
+def never_synced(bench: Bench) -> None:
+    """A node without rules must not get traffic, and a restart may help."""
+    bench.deliver(Batch((Node("n1"),), synced=True))
+    bench.wait(TIMEOUT)
 
 
 def queued(bench: Bench) -> None:
@@ -125,7 +131,7 @@ def one_family_stuck(bench: Bench) -> None:
 
 
 def one_family_never_worked(bench: Bench) -> None:
-    bench.deliver(Batch((Node("n1"),)))
+    bench.deliver(Batch((Node("n1"),), synced=True))
     for _ in range(6):
         bench.sync(Family.V6)
         bench.wait(TIMEOUT)
@@ -190,14 +196,15 @@ V4, V6 = "IPv4", "IPv6"
 STATES: list[tuple[Callable[[Bench], None], int, int, bool, dict[str, bool]]] = [
     (nothing, 503, 200, False, {}),
     (started, 200, 200, True, {V4: True, V6: True}),
-    (never_synced, 200, 200, True, {}),
+    (not_yet_told_everything, 200, 200, True, {}),
+    (never_synced, 503, 503, True, {V4: False, V6: False}),
     (queued, 200, 200, True, {V4: True, V6: True}),
     (stuck, 503, 503, True, {V4: False, V6: False}),
     (stuck_though_changes_go_on_coming, 503, 503, True, {V4: False, V6: False}),
     (recovered, 200, 200, True, {V4: True, V6: True}),
     (quiet, 200, 200, True, {V4: True, V6: True}),
     (one_family_stuck, 503, 503, True, {V4: True, V6: False}),
-    (one_family_never_worked, 200, 200, True, {V4: True}),
+    (one_family_never_worked, 503, 503, True, {V4: True, V6: False}),
     (drift_that_cannot_be_repaired, 503, 503, True, {V4: False, V6: True}),
     (came_in_while_a_sync_ran, 200, 200, True, {V4: True, V6: True}),
     (came_in_while_a_sync_ran_and_stuck, 503, 503, True, {V4: False, V6: False}),
@@ -460,6 +467,28 @@ def get(port: int, path: str = "/", host: str = "127.0.0.1", method: str = "GET"
     body = response.read().decode()
     connection.close()
     return response, body
+
+
+def test_a_machine_without_ipv6_is_served_all_the_same(httpd: Httpd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)  # as with ipv6.disable=1
+    port, reports = free_port_v4(), Reports()
+    httpd.serve("site", Site(lambda: [("", port)], lambda path: HELLO, reports))
+    reports.until(lambda said: said == [""])
+    assert get(port)[1] == "hello"
+
+
+def free_port_v4() -> int:
+    with occupied() as port:
+        return port
+
+
+def test_a_fault_with_one_site_costs_no_other(httpd: Httpd, caplog: pytest.LogCaptureFixture) -> None:
+    def fault() -> list[tuple[str, int]]:
+        raise ValueError("a fault")
+
+    httpd.serve("bad", Site(fault, lambda path: HELLO, Reports()))
+    assert get(serve(httpd, "good", HELLO))[1] == "hello"
+    assert "cannot serve bad: please report this" in caplog.text
 
 
 @contextmanager

@@ -148,6 +148,23 @@ def test_a_failure_is_tried_again_ever_more_slowly_and_loses_nothing(bench: Benc
     assert len(bench.kernel.tables["filter"]["KUBE-SERVICES"]) == 2
 
 
+def test_a_family_that_fails_does_not_make_the_others_changes_wait() -> None:
+    kernels = {family: FakeIptables() for family in Family}
+
+    def broken() -> Any:
+        raise TransactionError("no such table", transient=True)
+
+    kernels[Family.V6].read = broken  # type: ignore[method-assign]
+    bench = Bench(min_sync_period=1.0, sync_period=30.0)
+    agent = Agent(bench.agent.settings, iptables, kernels)
+    bench.loop = SyncLoop(agent, clock=bench.clock)
+    for number in range(8):
+        bench.deliver(number)
+        bench.wait(40)  # by now it is tried again every 30 s
+    bench.deliver(9)
+    assert any("svc-9" in line for line in kernels[Family.V4].sent[-1].text.splitlines())
+
+
 def test_what_is_to_be_done_once_all_is_written_is_tried_again_with_each_look_for_drift(bench: Bench) -> None:
     """Not with each change: it runs programs, and a reason to fail lasts."""
     attempts = []

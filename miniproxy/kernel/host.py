@@ -17,8 +17,14 @@ from .exec import Runner, run
 log = logging.getLogger(__name__)
 
 _NETFILTER = Path("/proc/sys/net/netfilter")
+_IPV6 = Path("/proc/net/if_inet6")
 _HASHSIZE = Path("/sys/module/nf_conntrack/parameters/hashsize")
 _MOST_CONNECTIONS = 1 << 20  # kube-proxy's limit: a table for machines with hundreds of cores would fill their memory
+
+
+def has_ipv6(file: Path = _IPV6) -> bool:
+    """Whether the kernel speaks IPv6 at all (it does not with ipv6.disable=1); links may still have none."""
+    return file.exists()
 
 
 def modules(settings: Settings) -> tuple[str, ...]:

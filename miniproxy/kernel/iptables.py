@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ..model import Family
 from ..planner import rules
-from ..planner.iptables import LAYOUT, SHARED_FIREWALL, IptablesObject, Layout
+from ..planner.iptables import LAYOUT, SHARED_FIREWALL, Chain, IptablesObject, Layout
 from ..transaction import Change, MissingError, Transaction, TransactionError
 from .exec import Runner, run
 
@@ -47,9 +47,16 @@ class Iptables:
         # table for each one: measured at 5,000 services × 2 endpoints (docs/performance.md).
         self.batch = 500 if variant == "nft" else 0
         self._run = runner
+        self._borrowed: set[tuple[str, str]] = set()  # our chains that rules of others jump to
 
     def read(self) -> dict[Any, IptablesObject]:
-        return rules.parse_save(self.save(), self.layout).objects
+        saved = rules.parse_save(self.save(), self.layout)
+        self._borrowed = saved.borrowed
+        return {key: obj for key, obj in saved.objects.items() if not self._is_lent(obj)}
+
+    def _is_lent(self, obj: IptablesObject) -> bool:
+        """Whether it is what is left of a service's chain that cannot be deleted: empty, it does nothing."""
+        return rules.serves(obj) and obj.key[1:] in self._borrowed and not obj.added()
 
     def save(self, *tables: str) -> str:
         """iptables-save of these tables, or of all. Raises TransactionError."""
@@ -58,11 +65,24 @@ class Iptables:
             argv += ["-t", tables[0]]
         return self._checked(argv)
 
+    def chain(self, table: str, name: str) -> str:
+        """`iptables -S` of a chain. Raises TransactionError."""
+        return self._checked([f"{tool(self.family)}-{self.variant}", "-t", table, "-S", name])
+
     def same(self, planned: IptablesObject, actual: IptablesObject) -> bool:
         return rules.same(planned, actual)
 
     def render(self, changes: Sequence[Change]) -> Transaction:
-        return rules.render(changes)
+        return rules.render(self.possible(changes))
+
+    def possible(self, changes: Sequence[Change]) -> Sequence[Change]:
+        """These changes, but that a chain that rules of others jump to is emptied: deleting it is refused."""
+        return [self._possible(c) for c in changes] if self._borrowed else changes
+
+    def _possible(self, change: Change) -> Change:
+        if change.after is None and change.key[1:] in self._borrowed and rules.serves(change.before):
+            return Change(change.key, change.before, Chain(*change.key[1:]))
+        return change
 
     def apply(self, transaction: Transaction) -> None:
         argv = [self._program("restore"), "--noflush"]
@@ -122,6 +142,18 @@ def cleanup(family: Family, variant: Variant, runner: Runner = run) -> int:
     if changes or canaries:
         kernel.apply(Transaction.of(transaction.text + markers))
     return len(changes) + len(canaries)
+
+
+def missing(family: Family, variant: Variant, runner: Runner = run) -> str:
+    """Why this family has no NAT in this variant: its tool or the kernel lacks it; "" if it has."""
+    kernel = Iptables(family, variant, runner)
+    try:
+        kernel.chain("nat", "POSTROUTING")
+    except MissingError as error:
+        return str(error)
+    except TransactionError as error:
+        return "" if error.transient else str(error)
+    return ""
 
 
 def detect_variant(family: Family, runner: Runner = run, *, probing: bool = True) -> Variant:

@@ -387,7 +387,7 @@ class IpvsBackend:
         self.draining.found(found.draining)
         chains = self._iptables.read()
         # Iptables mode's rules go all at once, so until then each Service needs to have all that takes their place.
-        self.batch = 0 if any(map(ipvs_text.serves, chains.values())) else _BATCH
+        self.batch = 0 if any(map(rules.serves, chains.values())) else _BATCH
         return {obj.key: obj for obj in found.objects} | chains
 
     def same(self, planned: Any, actual: Any) -> bool:
@@ -396,7 +396,7 @@ class IpvsBackend:
         return rules.same(planned, actual)
 
     def render(self, changes: Sequence[Change]) -> Transaction:
-        return ipvs_text.render(changes)
+        return ipvs_text.render(self._iptables.possible(changes))
 
     def apply(self, transaction: Transaction) -> None:
         try:

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 from ..model import Protocol
 from ..transaction import Change, Transaction
 from . import iptables, rules
-from .iptables import Chain, IptablesObject, Layout
+from .iptables import IptablesObject, Layout
 
 LINK = "kube-ipvs0"
 OUT_FILTER = "KUBE-IPVS-OUT-FILTER"
@@ -189,11 +189,6 @@ def _rules(changes: Iterable[Change]) -> list[str]:
 def _replaces_services(change: Change) -> bool:
     """Whether a chain goes or changes to which iptables mode's rules for cluster IPs belong."""
     return change.before is not None and change.key == ("chain", "nat", iptables.SERVICES)
-
-
-def serves(obj: object) -> bool:
-    """Whether it is a chain that iptables mode sends connections to endpoints with."""
-    return isinstance(obj, Chain) and obj.table == "nat" and bool(rules.PER_SERVICE.match(obj.name))
 
 
 def script(sections: Iterable[Section]) -> Transaction:

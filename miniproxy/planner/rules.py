@@ -19,6 +19,7 @@ from ..transaction import Change, Transaction
 from .iptables import (
     BUILT_IN,
     LAYOUT,
+    MARK_MASQ,
     SHARED_FIREWALL,
     TABLES,
     Chain,
@@ -30,10 +31,15 @@ from .iptables import (
 )
 
 _PROTOCOLS = {str(number): protocol.lower() for number, protocol in PROTOCOL_NAMES.items()}  # as `-m ipvs` does
-PER_SERVICE = re.compile(r"KUBE-(SVC|SVL|EXT|FW|SEP|XLB)-[A-Z2-7]{16}$")
+_PER_SERVICE = re.compile(r"KUBE-(SVC|SVL|EXT|FW|SEP|XLB)-[A-Z2-7]{16}$")
 
 # The rule of a cluster IP, nearly all that dispatch chains hold; what _claim makes of it, in one step.
 _USUAL = re.compile(r'-d ([0-9a-f.:]+)/(?:32|128) -p (\w+) -m comment --comment "[^"]*" -m \2 --dport (\d+) -j ')
+
+
+def serves(obj: object) -> bool:
+    """Whether it is a chain of one service, or of an endpoint."""
+    return isinstance(obj, Chain) and obj.table == "nat" and bool(_PER_SERVICE.match(obj.name))
 
 
 # -- writing
@@ -122,12 +128,13 @@ def parse_save(text: str, layout: Layout = LAYOUT) -> Saved:
     objects: dict[tuple[str, ...], IptablesObject] = {}
     borrowed = set()
     for (table, name), rules in chains.items():
-        if table == "nat" and PER_SERVICE.match(name):  # nearly all there are
+        if table == "nat" and _PER_SERVICE.match(name):  # nearly all there are
             objects["chain", table, name] = Chain(table, name, tuple(rules))
-        elif found := list(_ours(table, name, rules, layout)):
-            objects.update((obj.key, obj) for obj in found)
-        else:
-            borrowed |= {(table, _target(r)) for r in rules if _is_ours(table, _target(r), layout)}
+            continue
+        objects.update((obj.key, obj) for obj in _ours(table, name, rules, layout))
+        if not _is_ours(table, name, layout):
+            others = rules if name not in BUILT_IN else [r for r in rules if not _hooks(table, r, layout)]
+            borrowed |= {(table, _target(r)) for r in others if _is_ours(table, _target(r), layout)}
     return Saved(objects, set(chains), borrowed)
 
 
@@ -164,14 +171,20 @@ def _ours(table: str, name: str, rules: list[str], layout: Layout) -> Iterator[I
     elif _is_ours(table, name, layout):
         yield Chain(table, name, tuple(rules))
     elif name in BUILT_IN and table in TABLES:
-        jumps = tuple(r for r in rules if _target(r) in layout.fixed[table] | layout.dispatch[table])
+        jumps = tuple(r for r in rules if _hooks(table, r, layout))
         if jumps:
             yield Hooks(table, name, jumps)
 
 
+def _hooks(table: str, rule: str, layout: Layout) -> bool:
+    """Whether a rule of a built-in chain is one that only a service proxy makes there."""
+    named = layout.fixed.get(table, set()) | layout.dispatch.get(table, set())
+    return _target(rule) in named - {MARK_MASQ}
+
+
 def _is_ours(table: str, name: str, layout: Layout) -> bool:
     named = layout.fixed.get(table, set()) | layout.dispatch.get(table, set())
-    return name in named or (table == "nat" and bool(PER_SERVICE.match(name)))
+    return name in named or (table == "nat" and bool(_PER_SERVICE.match(name)))
 
 
 def _target(rule: str) -> str:

@@ -23,7 +23,7 @@ from miniproxy.model import Batch, Family, Object, ServicePortName
 from miniproxy.planner import iptables, ipvs_text
 from miniproxy.planner.iptables import Chain
 from miniproxy.transaction import Transaction, TransactionError
-from tests import world
+from tests import cluster, world
 from tests.packets.topology import Namespace
 
 SETTINGS = Settings(node_name="n1", cluster_cidrs=("10.200.0.0/16", "fd00:200::/32"))
@@ -111,6 +111,7 @@ FOREIGN = """*nat
 :CNI-HOSTPORT-SETMARK - [0:0]
 -A CNI-HOSTPORT-SETMARK -m comment --comment "CNI portfwd masquerade mark" -j KUBE-MARK-MASQ
 -A POSTROUTING -s 10.9.0.0/16 -j MASQUERADE
+-A PREROUTING -s 10.9.1.0/24 -j KUBE-MARK-MASQ
 COMMIT
 *filter
 :CALICO - [0:0]
@@ -178,6 +179,32 @@ def test_ipvs_mode_has_nothing_to_do_with_the_kubelets_firewall(namespace: Names
     kernel = Iptables(Family.V4, "nft", Inside(namespace), ipvs_text.LAYOUT)
     kernel.apply(Transaction.of(KUBELETS))
     assert kernel.read() == {}
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_chain_that_others_jump_to_keeps_no_other_from_going(
+    namespace: Namespace, variant: Variant, restarted: bool
+) -> None:
+    objects = [thing for n in (1, 2) for thing in (cluster.service(n), cluster.endpoints(n, 1))]
+    agent = agent_in(namespace, variant, objects)
+    sync(agent)
+    kernel = Iptables(Family.V4, variant, Inside(namespace))
+    chain = next(r.rpartition(" ")[2] for r in rules_of(kernel) if "svc-1" in r and " -j KUBE-SVC-" in r)
+    foreign = f"-A OUTPUT -d 10.9.9.9/32 -j {chain}"
+    kernel.apply(Transaction.of(f"*nat\n{foreign}\nCOMMIT\n"))
+    if restarted:
+        agent = agent_in(namespace, variant, [])
+    else:
+        agent.check()
+        agent.handle(Batch(deletes=tuple(cluster.service(n).ref for n in (1, 2))))
+    sync(agent)
+    assert [r for r in rules_of(kernel) if "svc-" in r or chain in r] == [foreign]
+    assert agent.check() == dict.fromkeys(Family, 0)
+    kernel.apply(Transaction.of(f"*nat\n{foreign.replace('-A', '-D', 1)}\nCOMMIT\n"))
+    agent.check()
+    sync(agent)
+    assert chain not in kernel.save()
 
 
 @pytest.mark.parametrize("there", [True, False])
