@@ -68,14 +68,14 @@ class Agent:
     ) -> None:
         self.settings = settings
         self.planner = planner
-        self.tracker = Tracker(settings.node_name)
+        self.tracker = Tracker(settings.node_name, settings.bind_address)
         self.problems = Problems()
         self.reconcilers = {family: Reconciler(backend) for family, backend in backends.items()}
         self._local_addresses = local_addresses
         self._local: dict[Family, tuple[str, ...]] = {}  # what they were when the frame was planned
         self._review = review
         self._conntrack = conntrack
-        self._flows = Flows(local_addresses)
+        self._flows = Flows(lambda family: self._local.get(family, ()))
         self._stale: dict[Family, list[Stale]] = {}  # flows to forget once the rules no longer make them
         self._fresh = set(backends)  # families whose flows of before this agent have not been looked at
         self._announce = announce or log_news
@@ -149,7 +149,7 @@ class Agent:
     def plan_frame(self) -> None:
         """Plan what does not belong to a service; it depends on the node and its addresses."""
         self._planned_for = node = self.tracker.node
-        local = {family: tuple(self._local_addresses(family)) for family in self.reconcilers}
+        local = {family: self._addresses(family) for family in self.reconcilers}
         if local != self._local:
             self._local = local
             self.tracker.touch_external()
@@ -160,6 +160,14 @@ class Agent:
         }
         for family, reconciler in self.reconcilers.items():
             reconciler.frame(self.planner.frame(self.settings, node, family, local[family]))
+
+    def _addresses(self, family: Family) -> tuple[str, ...]:
+        """The node's own; what they were where the kernel does not say."""
+        try:
+            return tuple(self._local_addresses(family))
+        except OSError as error:
+            log.warning("cannot find out the node's addresses: %s", error, extra=fields(family=family))
+            return self._local.get(family, ())
 
     def sync(self) -> list[Synced]:
         """Make the kernel follow. A family that fails is read again, and searched for the bad object, next time."""

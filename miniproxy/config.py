@@ -47,7 +47,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     node_name: str = ""
     bind_address: str = "0.0.0.0"  # the node's primary IP, if specified (neither 0.0.0.0 nor ::)
     bind_address_hard_fail: bool = False
-    config_sync_period: float = 900.0
 
     cluster_cidrs: tuple[str, ...] = ()  # at most one per family
     detect_local_mode: DetectLocal = "ClusterCIDR"
@@ -256,8 +255,6 @@ class _Resolution:
         elif s.min_sync_period > s.sync_period:
             longer = f"{s.min_sync_period:g} s is longer than the sync period, {s.sync_period:g} s"
             self.problems.append(f"{self._where('min_sync_period', 'sync_period')}: {longer}")
-        if s.config_sync_period <= 0:
-            self.problems.append(f"{self._where('config_sync_period')}: must be longer than 0")
         needs = {
             "BridgeInterface": (s.bridge_interface, "detectLocal.bridgeInterface (--pod-bridge-interface)"),
             "InterfaceNamePrefix": (

@@ -284,6 +284,10 @@ class Field(NamedTuple):
 
 _WINDOWS = "it is for Windows"
 _OLD = "it is of an older kube-proxy"
+_RESYNC = "a list is compared whole and a watch goes on where it ended, so there is nothing to look at again"
+_VMODULE = "log levels by file do not exist here: use -v (logging.verbosity)"
+_ONE_STREAM = "all log lines go to standard error"
+_AT_ONCE = "log lines are written at once"
 _CLIENT = "requests to the API server are few, JSON, and need no rate limit"
 _IPTABLES_LIKE = ("iptables", "ipvs")
 
@@ -447,12 +451,7 @@ FIELDS = (
         "how gladly the kernel ends this process when memory is short",
         pointer=True,
     ),
-    Field(
-        "configSyncPeriod",
-        DURATION,
-        "config_sync_period",
-        "compare with the API server's full state this often",
-    ),
+    Field("configSyncPeriod", DURATION, ignored=_RESYNC),
     Field("clientConnection.kubeconfig", TEXT, "kubeconfig", "file that says how to reach the API server"),
     Field("clientConnection.acceptContentTypes", TEXT, ignored=_CLIENT),
     Field("clientConnection.contentType", TEXT, ignored=_CLIENT),
@@ -461,11 +460,11 @@ FIELDS = (
     Field("logging.format", FORMAT, "log_format", "how log lines look"),
     Field("logging.verbosity", COUNT, "verbosity", "4 and more: details; 8 and more: libraries too"),
     Field("logging.flushFrequency", ANYTHING, help="accepted: lines are written at once"),
-    Field("logging.vmodule", ANYTHING, ignored="log levels by file do not exist here: use logging.verbosity"),
-    Field("logging.options.text.splitStream", BOOL, ignored="all log lines go to standard error"),
-    Field("logging.options.text.infoBufferSize", ANYTHING, ignored="log lines are written at once"),
-    Field("logging.options.json.splitStream", BOOL, ignored="all log lines go to standard error"),
-    Field("logging.options.json.infoBufferSize", ANYTHING, ignored="log lines are written at once"),
+    Field("logging.vmodule", ANYTHING, ignored=_VMODULE),
+    Field("logging.options.text.splitStream", BOOL, ignored=_ONE_STREAM),
+    Field("logging.options.text.infoBufferSize", ANYTHING, ignored=_AT_ONCE),
+    Field("logging.options.json.splitStream", BOOL, ignored=_ONE_STREAM),
+    Field("logging.options.json.infoBufferSize", ANYTHING, ignored=_AT_ONCE),
     Field("featureGates", GATES, ignored="there are no feature gates here"),
     Field("enableProfiling", BOOL, ignored="there is no /debug/pprof here"),
     Field("showHiddenMetricsForVersion", TEXT, ignored="no metric is hidden here"),
@@ -489,6 +488,7 @@ STOCK = {
     "clientConnection.burst": (10,),
     "logging.options.text.infoBufferSize": ("0",),
     "logging.options.json.infoBufferSize": ("0",),
+    "configSyncPeriod": (900.0,),
     "udpIdleTimeout": ("250ms", "0s", "0"),
 }
 
@@ -552,13 +552,6 @@ FLAGS = (
         "node_name",
         _SOURCE,
         "Name of this node; default: the host name in lower case.",
-    ),
-    Flag(
-        "config-sync-period",
-        DURATION,
-        "config_sync_period",
-        _SOURCE,
-        "Compare with the API server's state this often.",
     ),
     Flag("proxy-mode", MODE, "mode", _WORK, "iptables (default), ipvs or nftables."),
     Flag(
@@ -758,6 +751,15 @@ FLAGS = (
     Flag("logging-format", FORMAT, "log_format", _LOG, "text (default) or json."),
     Flag("v", COUNT, "verbosity", _LOG, "4 and more: details; 8 and more: libraries too.", short="v"),
     Flag("feature-gates", TEXT, "", _DROP_IN, "No effect.", ignored="there are no feature gates here"),
+    Flag("config-sync-period", DURATION, "", _DROP_IN, "No effect.", ignored=_RESYNC),
+    Flag("vmodule", TEXT, "", _DROP_IN, "No effect.", ignored=_VMODULE),
+    Flag("log-flush-frequency", TEXT, "", _DROP_IN, "No effect.", ignored=_AT_ONCE),
+    Flag("log-text-split-stream", BOOL, "", _DROP_IN, "No effect.", ignored=_ONE_STREAM),
+    Flag("log-text-info-buffer-size", TEXT, "", _DROP_IN, "No effect.", ignored=_AT_ONCE),
+    Flag("log-json-split-stream", BOOL, "", _DROP_IN, "No effect.", ignored=_ONE_STREAM),
+    Flag("log-json-info-buffer-size", TEXT, "", _DROP_IN, "No effect.", ignored=_AT_ONCE),
+    Flag("healthz-port", TEXT, "", _DROP_IN, "No effect.", ignored="say --healthz-bind-address ADDRESS:PORT"),
+    Flag("metrics-port", TEXT, "", _DROP_IN, "No effect.", ignored="say --metrics-bind-address ADDRESS:PORT"),
     Flag("profiling", BOOL, "", _DROP_IN, "No effect.", ignored="there is no /debug/pprof here"),
     Flag("kube-api-content-type", TEXT, "", _DROP_IN, "No effect.", ignored=_CLIENT),
     Flag("kube-api-qps", TEXT, "", _DROP_IN, "No effect.", ignored=_CLIENT),

@@ -7,6 +7,7 @@ so planners may paste these fields into kernel transactions.
 
 from __future__ import annotations
 
+import ipaddress
 from enum import IntEnum
 from typing import Literal, NamedTuple
 
@@ -193,6 +194,13 @@ class Node(msgspec.Struct, frozen=True):
     @property
     def ref(self) -> Ref:
         return Ref("Node", "", self.name)
+
+    def at(self, address: str) -> Node:
+        """The same node with this as its address of that family, and its first; 0.0.0.0 and :: change nothing."""
+        if ipaddress.ip_address(address).is_unspecified:
+            return self
+        others = (ip for ip in self.ips if Family.of(ip) is not Family.of(address))
+        return msgspec.structs.replace(self, ips=(address, *others))
 
     def ip(self, family: Family) -> str:
         """The primary address of that family, "" if the node has none."""

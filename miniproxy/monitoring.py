@@ -56,7 +56,7 @@ class Monitoring:
         self._problems = Problems()  # of health check ports: found in another thread than the agent's
         self._lock = Lock()
         self._ports = Httpd("health")
-        self._node = _OwnNode(settings.node_name)
+        self._node = _OwnNode(settings)
         self._variant: Variant | None = None
         self._metrics = _metrics(settings, families, source, self._packets)
         self._recorder = _recorder(settings, source, self._metrics)
@@ -181,13 +181,14 @@ class Monitoring:
 class _OwnNode(Observer):
     """This machine's Node object as last seen."""
 
-    def __init__(self, name: str) -> None:
-        self._latest = Node(name)
+    def __init__(self, settings: Settings) -> None:
+        self._bind_address = settings.bind_address
+        self._latest = Node(settings.node_name).at(settings.bind_address)
 
     def delivered(self, batch: Batch) -> None:
         for obj in batch.upserts:
             if isinstance(obj, Node) and obj.name == self._latest.name:
-                self._latest = obj
+                self._latest = obj.at(self._bind_address)
 
     def ips(self, family: Family) -> set[str]:
         return {ip for ip in (self._latest.ip(family),) if ip}

@@ -8,6 +8,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal
 
 from .agent import Agent
@@ -99,6 +100,16 @@ class SyncLoop:
             if command:
                 return command
             self.step()
+
+    def commands_left(self) -> list[Command]:
+        """Those that came after the one that ended `run`."""
+        left: list[Command] = []
+        with suppress(queue.Empty):
+            while True:
+                item = self.inbox.get_nowait()
+                if item in ("stop", "reload"):
+                    left.append(item)
+        return left
 
     def step(self) -> None:
         """Do what is due now; nothing before the source has handed over everything there is."""

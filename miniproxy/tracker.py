@@ -33,9 +33,11 @@ ServiceKey = tuple[str, str]  # (namespace, name)
 class Tracker:
     """The objects as last seen and the service ports whose kernel state may have changed since `take()`."""
 
-    def __init__(self, node_name: str) -> None:
+    def __init__(self, node_name: str, bind_address: str = "0.0.0.0") -> None:
+        """`bind_address` is the node's own, whatever its Node object says; 0.0.0.0 and :: are none."""
         self.node_name = node_name
-        self.node = Node(node_name)
+        self._bind_address = bind_address
+        self.node = Node(node_name).at(bind_address)
         self.synced = False
         self._services: dict[ServiceKey, Service] = {}
         self._ports: dict[PortKey, ServicePort] = {}
@@ -200,7 +202,7 @@ class Tracker:
 
     def _put_node(self, node: Node) -> None:
         cidrs = {cidr for cidrs in self._service_cidrs.values() for cidr in cidrs}
-        node = msgspec.structs.replace(node, service_cidrs=tuple(sorted(cidrs)))
+        node = msgspec.structs.replace(node.at(self._bind_address), service_cidrs=tuple(sorted(cidrs)))
         old, self.node = self.node, node
         if (old.zone, old.ips, old.pod_cidrs) != (node.zone, node.ips, node.pod_cidrs):
             self.touch_all()

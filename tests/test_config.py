@@ -67,7 +67,7 @@ def test_without_anything_the_defaults_are_those_of_kube_proxy(mode: str) -> Non
     assert (settings.conntrack_tcp_established_timeout, settings.conntrack_tcp_close_wait_timeout) == (86400, 3600)
     assert (settings.conntrack_udp_timeout, settings.ipvs_tcp_timeout) == (None, None)
     assert (settings.healthz_bind_address, settings.metrics_bind_address) == ("0.0.0.0:10256", "127.0.0.1:10249")
-    assert (settings.oom_score_adj, settings.config_sync_period, settings.ipvs_scheduler) == (-999, 900, "rr")
+    assert (settings.oom_score_adj, settings.ipvs_scheduler) == (-999, "rr")
 
 
 def test_kubeadms_stock_file_means_the_defaults() -> None:

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,6 +107,31 @@ def test_hup_with_a_broken_configuration_keeps_the_old_one(node: Node) -> None:
         node.write(SERVICE)
         node.wait(lambda: "KUBE-SVC" not in node.nat())
         assert "masqueradeBit" in node.log.read_text()
+
+
+def test_hup_with_a_configuration_that_does_not_work_here_keeps_the_old_one(node: Node) -> None:
+    with node.agent() as process:
+        text = node.config.read_text()
+        node.config.write_text(text + "mode: ipvs\nipvs: {scheduler: nosuch}\n")
+        process.send_signal(signal.SIGHUP)
+        node.wait(lambda: "the old one stays" in node.log.read_text())
+        node.write(SERVICE)
+        node.wait(lambda: "KUBE-SVC" not in node.nat())
+
+
+@pytest.mark.parametrize("pause", [0.002, 0.02, 0.08])
+def test_a_signal_during_a_reload_is_not_lost(node: Node, pause: float) -> None:
+    with node.agent() as process:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(pause)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_oom_score_and_bind_address_are_heeded(node: Node) -> None:
+    with node.agent("--oom-score-adj=555", "--bind-address=192.0.2.99", "--nodeport-addresses=primary") as process:
+        assert Path(f"/proc/{process.pid}/oom_score_adj").read_text().strip() == "555"
+        assert "-A KUBE-SERVICES -d 192.0.2.99/32 " in node.nat()
 
 
 def test_a_change_reaches_the_kernel_and_touches_nothing_else(node: Node) -> None:

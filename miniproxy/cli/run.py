@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -13,15 +14,18 @@ import click
 
 from .. import log as logs
 from ..config import ConfigError, Loaded, Settings, load
+from ..kernel import host
 from ..log import fields
 from .errors import Failure
 from .options import SettingsCommand, announce, settings_options, source_or_fail
 
 if TYPE_CHECKING:
     from ..backends import Dataplane
-    from ..syncloop import SyncLoop
+    from ..syncloop import Command, SyncLoop
 
 log = logs.get("run")
+
+_WATCH_AGAIN = 5.0  # seconds
 
 
 @click.command(cls=SettingsCommand)
@@ -49,24 +53,54 @@ def command(loaded: Loaded, init_only: bool) -> None:
     if init_only:
         _initialize(loaded)
         return
-    while _serve(loaded) == "reload":
-        loaded = _reload(loaded)
+    signals = _Signals()
+    dataplane = None
+    while _serve(loaded, dataplane, signals) == "reload":
+        loaded, dataplane = _reload(loaded)
     log.info("stopped; the rules stay and keep serving")
 
 
 def _initialize(loaded: Loaded) -> None:
     """Prepare the kernel for an agent that, from then on, needs NET_ADMIN only."""
-    from ..kernel import host
-
     settings = loaded.settings
     host.load_modules(host.modules(settings))
     _dataplane(settings)
     log.info("the kernel is prepared", extra=fields(mode=settings.mode))
 
 
-def _serve(loaded: Loaded) -> str:
+class _Signals:
+    """Hands signals to whoever serves, as commands; what comes while nobody does waits for the next."""
+
+    def __init__(self) -> None:
+        self._loop: SyncLoop | None = None
+        self._waiting: list[Command] = []
+
+    def go_to(self, loop: SyncLoop) -> None:
+        for command in self._waiting:
+            loop.inbox.put(command)
+        self._waiting.clear()
+        self._loop = loop
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def wait(self) -> None:
+        """From now on keep what comes, and what the loop has not taken."""
+        if self._loop is not None:
+            loop, self._loop = self._loop, None
+            self._waiting += loop.commands_left()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        command: Command = "reload" if number == signal.SIGHUP else "stop"
+        if self._loop is None:
+            self._waiting.append(command)
+        else:
+            self._loop.inbox.put(command)
+
+
+def _serve(loaded: Loaded, dataplane: Dataplane | None, signals: _Signals) -> str:
     """Run with one configuration until a signal ends it; says which: "stop" or "reload"."""
     settings = loaded.settings
+    host.set_oom_score(settings.oom_score_adj)
     source = source_or_fail(settings)
     stop = threading.Event()
     # The source lists while all the rest is loaded and the kernel is read; what it finds waits for the loop.
@@ -77,13 +111,13 @@ def _serve(loaded: Loaded) -> str:
 
     from ..agent import Agent
     from ..backends import leave_other_modes
-    from ..kernel import conntrack, links
+    from ..kernel import conntrack
     from ..kernel.links import local_addresses
     from ..kernel.sysctl import forwarding_problem
     from ..monitoring import Monitoring
     from ..syncloop import SyncLoop
 
-    dataplane = _dataplane(settings)
+    dataplane = dataplane or _dataplane(settings)
     monitoring = Monitoring(settings, list(dataplane.backends), source, local_addresses)
     agent = Agent(
         settings,
@@ -104,20 +138,16 @@ def _serve(loaded: Loaded) -> str:
         settled=lambda: leave_other_modes(settings.mode),
     )
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        loop.inbox.put("reload" if number == signal.SIGHUP else "stop")
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, on_signal)
+    signals.go_to(loop)
     monitoring.start(stop_agent=lambda: loop.inbox.put("stop"))
-    watcher = threading.Thread(target=links.watch, args=(loop.addresses_changed, stop.is_set), daemon=True)
-    watcher.start()
+    threading.Thread(target=_watch_addresses, args=(loop.addresses_changed, stop), daemon=True).start()
     looping.set_result(loop)
     log.info("started", extra=fields(mode=settings.mode, node=settings.node_name, source=str(source)))
     try:
         agent.look()
         command = loop.run()
     finally:
+        signals.wait()
         stop.set()
         thread.join(timeout=5)
         monitoring.stop()
@@ -126,10 +156,21 @@ def _serve(loaded: Loaded) -> str:
     return command
 
 
+def _watch_addresses(changed: Callable[[], None], stop: threading.Event) -> None:
+    from ..kernel import links
+
+    while not stop.is_set():
+        try:
+            links.watch(changed, stop.is_set)
+        except OSError as error:
+            log.warning("cannot watch the node's addresses, trying again: %s", error)
+            stop.wait(_WATCH_AGAIN)
+            changed()
+
+
 def _dataplane(settings: Settings) -> Dataplane:
     """The mode's dataplane, the kernel ready for it."""
     from ..backends import choose
-    from ..kernel import host
     from ..transaction import TransactionError
 
     dataplane = choose(settings)
@@ -141,13 +182,15 @@ def _dataplane(settings: Settings) -> Dataplane:
     return dataplane
 
 
-def _reload(loaded: Loaded) -> Loaded:
-    """Read the configuration again; a broken one is reported, and the old one stays."""
+def _reload(loaded: Loaded) -> tuple[Loaded, Dataplane | None]:
+    """Read the configuration again; one that cannot be used is reported, and the old one stays."""
     try:
         fresh = load(loaded.config_file, loaded.flags)
-    except ConfigError as error:
-        for problem in error.problems:
+        source_or_fail(fresh.settings)
+        dataplane = _dataplane(fresh.settings)
+    except (ConfigError, Failure) as error:
+        for problem in error.problems if isinstance(error, ConfigError) else error.lines:
             log.error("configuration not reloaded, the old one stays: %s", problem)
-        return loaded
+        return loaded, None
     announce(fresh)
-    return fresh
+    return fresh, dataplane

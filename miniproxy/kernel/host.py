@@ -17,9 +17,20 @@ from .exec import Runner, run
 log = logging.getLogger(__name__)
 
 _NETFILTER = Path("/proc/sys/net/netfilter")
+_OOM_SCORE = Path("/proc/self/oom_score_adj")
 _IPV6 = Path("/proc/net/if_inet6")
 _HASHSIZE = Path("/sys/module/nf_conntrack/parameters/hashsize")
 _MOST_CONNECTIONS = 1 << 20  # kube-proxy's limit: a table for machines with hundreds of cores would fill their memory
+
+
+def set_oom_score(score: int, file: Path = _OOM_SCORE) -> None:
+    """How gladly the kernel ends this process when memory is short. To lower it takes CAP_SYS_RESOURCE; in a pod the
+    kubelet has set what fits its priority class.
+    """
+    try:
+        file.write_text(str(score))
+    except OSError as error:
+        log.debug("oom_score_adj stays as it is: %s", error.strerror)
 
 
 def has_ipv6(file: Path = _IPV6) -> bool:

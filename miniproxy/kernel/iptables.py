@@ -100,6 +100,8 @@ class Iptables:
             raise MissingError(f"{argv[0]} is not installed: install the package iptables") from None
         except subprocess.TimeoutExpired as error:
             raise TransactionError(f"{argv[0]} did not end within {error.timeout:.0f} s", transient=True) from None
+        except OSError as error:  # no memory, too many processes
+            raise TransactionError(f"{argv[0]} cannot be run: {error.strerror}", transient=True) from None
         if done.code:
             raise _error(argv[0], done.code, done.err.strip(), "".join(pieces))
         return done.out

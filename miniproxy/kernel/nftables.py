@@ -45,6 +45,8 @@ class Program:
             raise MissingError("nft is not installed: install the package nftables") from None
         except subprocess.TimeoutExpired as error:
             raise TransactionError(f"nft did not end within {error.timeout:.0f} s", transient=True) from None
+        except OSError as error:  # no memory, too many processes
+            raise TransactionError(f"nft cannot be run: {error.strerror}", transient=True) from None
 
 
 class Nftables:
