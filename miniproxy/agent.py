@@ -27,6 +27,7 @@ from .transaction import Backend, TransactionError
 
 log = logging.getLogger(__name__)
 
+_MEANWHILE = "; what was known before is still served, and it is tried again"  # when a source cannot be read
 _LOOK_HOLDS = 10.0  # seconds for which the first sync believes what `look` has read
 
 
@@ -290,6 +291,6 @@ def _traffic(key: Any) -> str:
 def log_news(news: News) -> None:
     """Announce problems in the log."""
     for problem in news.appeared:
-        log.warning("refused: %s", problem)
+        log.warning("refused: %s%s", problem, _MEANWHILE if problem.ref.kind in ("API", "File") else "")
     for problem in news.over:
         log.info("mended: %s", problem)

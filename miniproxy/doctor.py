@@ -58,7 +58,7 @@ class Doctor:
         self.agent = agent
         self.tracker = agent.tracker
         self.settings = agent.settings
-        self._problems = problems
+        self.problems = problems
         self._variant = variant
         self._connecting = connecting
         self._families = list(agent.reconcilers)
@@ -187,7 +187,7 @@ class Doctor:
 
     def services(self) -> Iterator[Finding]:
         """What is wrong with any Service. Looks at all of them."""
-        for problem in self._problems:
+        for problem in self.problems:
             yield _of_problem(problem)
         ports = list(self.tracker.ports())
         unserved = [p for p in ports if not categorize(p, self.tracker.endpoints(_key(p)), self.tracker.node).any]
@@ -202,7 +202,7 @@ class Doctor:
 
     def service(self, namespace: str, name: str, places: Sequence[Place]) -> Iterator[Finding]:
         """One Service, at these places where it answers."""
-        for problem in self._problems:
+        for problem in self.problems:
             if explain.concerns(problem, namespace, name):
                 yield _of_problem(problem)
         for port in dict.fromkeys(place.port for place in places):

@@ -89,6 +89,20 @@ def test_names_the_problems_of_the_service(folder: Path, tmp_path: Path) -> None
     assert "spec.externalIPs[0]" not in explain(mine, "feat/np").output
 
 
+def test_says_what_is_wrong_with_a_service_that_cannot_be_used_at_all(folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "manifests"
+    shutil.copytree(folder, mine)
+    services = json.loads((mine / "services.json").read_text())
+    (cip,) = (s for s in services["items"] if (s["metadata"]["namespace"], s["metadata"]["name"]) == ("feat", "cip"))
+    cip["spec"] |= {"clusterIP": "10.97.0.300", "clusterIPs": ["10.97.0.300"]}
+    (mine / "services.json").write_text(json.dumps(services))
+    said = explain(mine, "feat/cip").output
+    assert "spec.clusterIPs[0]: '10.97.0.300' is not an IP address" in said
+    assert "headless" not in said
+    (mine / "broken.yaml").write_text("a: [")
+    assert "broken.yaml" in explain(mine, "feat/nosuch").output
+
+
 def with_external_ip(folder: Path, mine: Path, ip: str, *names: str) -> Path:
     """A copy of the folder, at `mine`, in which these Services of the namespace feat have an external IP."""
     shutil.copytree(folder, mine)

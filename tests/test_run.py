@@ -183,6 +183,17 @@ def test_plan_agrees_with_the_kernel(node: Node) -> None:
     assert "+-A KUBE-SERVICES -d 10.96.0.1/32" in done.stdout
 
 
+def test_plan_can_be_strict(node: Node) -> None:
+    argv = ["plan" if word == "run" else word for word in node.argv()]
+
+    def code(*flags: str) -> int:
+        return subprocess.run(node.namespace.command([*argv, *flags]), capture_output=True).returncode
+
+    assert code("--strict") == 0
+    (node.manifests / "broken.yaml").write_text("a: [")
+    assert (code(), code("--strict")) == (0, 1)
+
+
 def test_plan_needs_no_root(node: Node, tmp_path: Path) -> None:
     ours = [folder for folder in tmp_path.parents if folder.name.startswith(("pytest-", "popen-"))]
     for folder in (tmp_path, *ours):

@@ -59,7 +59,7 @@ def command(loaded: Loaded, target: str | None, no_connect: bool, as_json: bool)
 
 def _services(doctor: Doctor, target: str) -> list[tuple[str, Iterable[Finding]]]:
     """A section for each Service that TARGET is; an address and port can be one of several protocols."""
-    places = find_places(doctor.agent, target)
+    places = find_places(doctor.agent, doctor.problems, target)
     names = dict.fromkeys(place.port.name[:2] for place in places)
     return [
         (

@@ -12,6 +12,8 @@ from .errors import Failure
 from .options import SettingsCommand, settings_options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..agent import Agent
     from ..explain import Candidate, Place, Walks
     from ..model import Problem, ServicePort
@@ -47,7 +49,7 @@ def command(loaded: Loaded, target: str, origin: str, interface: str, all_rules:
     from .plan import planned
 
     agent, problems, _ = planned(loaded, list(Family))
-    found = find_places(agent, target)
+    found = find_places(agent, problems, target)
     walk = Walks(agent.tracker, agent.settings, local_addresses)
     results = [_explain(agent, walk, place, origin, interface) for place in found]
     services = {place.port.name[:2] for place in found}
@@ -60,29 +62,34 @@ def command(loaded: Loaded, target: str, origin: str, interface: str, all_rules:
         _print(agent, about, results, all_rules)
 
 
-def find_places(agent: Agent, target: str) -> list[Place]:
-    from ..explain import places
+def find_places(agent: Agent, problems: Sequence[Problem], target: str) -> list[Place]:
+    """Where the target answers, in families that this node has; that it does nowhere ends the command, with why."""
+    from ..explain import concerns, places
     from ..sources.checks import address
 
     if "/" in target:
-        found = places(agent.tracker, service=target)
-        if not found and agent.tracker.service(*target.split("/", 1)):
+        found = [p for p in places(agent.tracker, service=target) if p.port.family in agent.reconcilers]
+        if found:
+            return found
+        wrong = [str(p) for p in problems if concerns(p, *target.split("/", 1)) or p.ref.kind in ("API", "File")]
+        if wrong:
+            raise Failure(f"no Service {target} can be served", *wrong)
+        if agent.tracker.service(*target.split("/", 1)):
             raise Failure(
                 f"Service {target} is none that a service proxy serves",
                 "it is headless, of type ExternalName, or left to another proxy by its label "
                 "service.kubernetes.io/service-proxy-name",
             )
-        if not found:
-            raise Failure(
-                f"no Service {target} with a cluster IP is known",
-                "headless and ExternalName Services, and those of another proxy, are not a service proxy's business",
-            )
-        return found
+        raise Failure(
+            f"no Service {target} with a cluster IP is known",
+            "headless and ExternalName Services, and those of another proxy, are not a service proxy's business",
+        )
     host, _, number = target.rpartition(":")
     if not number.isdigit() or not host:
         raise Failure(f"{target}: write NAMESPACE/NAME, ADDRESS:PORT or [ADDRESS]:PORT", code=2)
     ip = address(host.strip("[]"))
     found = places(agent.tracker, address=ip, number=int(number)) if ip else []
+    found = [p for p in found if p.port.family in agent.reconcilers]
     if not found:
         elsewhere = places(agent.tracker, address=ip) if ip else []
         ports = ", ".join(sorted({f"{p.number}/{p.port.name.protocol}" for p in elsewhere}))

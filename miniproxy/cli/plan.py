@@ -22,33 +22,35 @@ if TYPE_CHECKING:
 @click.command(cls=SettingsCommand)
 @click.option("--family", type=click.Choice(["4", "6", "both"]), default="both", show_default=True)
 @click.option("--diff", is_flag=True, help="Compare with the live kernel (needs root); exit code 1 if they differ.")
+@click.option("--strict", is_flag=True, help="Exit code 1 if anything is refused, as before a commit of manifests.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text and object count per family, problems.")
 @settings_options
-def command(loaded: Loaded, family: str, diff: bool, as_json: bool) -> None:
+def command(loaded: Loaded, family: str, diff: bool, strict: bool, as_json: bool) -> None:
     """Print what `run` would program, as the kernel's own tool would list it. Needs no root, changes nothing.
 
     \b
     Examples:
       miniproxy plan --source manifests/ --hostname-override node1
       sudo miniproxy plan --source manifests/ --diff        what `run` would change
+      miniproxy plan --source manifests/ --strict > /dev/null        is all of it right?
     """
     from ..model import Family
 
     families = [f for f in Family if family in (str(f.value), "both")]
     agent, problems, _ = planned(loaded, families)
-    desired = {f: agent.reconcilers[f].desired.values() for f in families}
+    desired = {f: reconciler.desired.values() for f, reconciler in agent.reconcilers.items()}
     texts = {f: agent.planner.show(objects) for f, objects in desired.items()}
     if diff:
         texts = {f: _difference(agent, f, text) for f, text in texts.items()}
     if as_json:
-        result: dict[str, Any] = {str(f): {"objects": len(desired[f]), "text": texts[f]} for f in families}
+        result: dict[str, Any] = {str(f): {"objects": len(desired[f]), "text": text} for f, text in texts.items()}
         click.echo(json.dumps({**result, "problems": [str(p) for p in problems]}, indent=2))
     else:
         for problem in problems:
             click.echo(f"refused: {problem}", err=True)
-        for f in families:
-            click.echo(texts[f], nl=False)
-    if diff and any(texts.values()):
+        for text in texts.values():
+            click.echo(text, nl=False)
+    if (diff and any(texts.values())) or (strict and problems):
         raise SystemExit(1)
 
 
@@ -70,7 +72,7 @@ def planned(loaded: Loaded, families: list[Family]) -> tuple[Agent, list[Problem
     agent = Agent(
         settings,
         dataplane.planner,
-        {f: dataplane.backends[f] for f in families},
+        {f: backend for f, backend in dataplane.backends.items() if f in families},
         local_addresses=local_addresses,
         announce=collect,
     )

@@ -106,7 +106,8 @@ class ApiServer:
             )
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             self._forget(way)
-            raise ApiError(_reason(error)) from error
+            server = f"{way.access.server}: " if way else ""
+            raise ApiError(f"{server}{_reason(error)}") from error
         if response.status == 401:
             self._forget(way)
         return response
@@ -122,6 +123,8 @@ class ApiServer:
     def _access(self) -> Access:
         """Raises OSError or ValueError."""
         master = self._master.rstrip("/")
+        if master and not master.startswith(("https://", "http://")):
+            raise ValueError(f"--master {master}: is no URL: write https://ADDRESS:PORT")
         if self._kubeconfig:
             access = kubeconfig.read(self._kubeconfig)
             return access._replace(server=master) if master else access

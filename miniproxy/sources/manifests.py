@@ -240,10 +240,7 @@ class _Files:
         tree = _Tree.of(self._folder, watch)
         self._plain = False
         if tree is None:
-            reason = (
-                f"is no folder, and no file ({', '.join(SUFFIXES)}), that can be read: "
-                "mount or make it; what was in it is still served"
-            )
+            reason = f"is no folder, and no file ({', '.join(SUFFIXES)}), that can be read: mount or make it"
             index.report(self._folder, [_FileProblem(0, "", reason)])
             return False
         index.report(self._folder, ())

@@ -399,7 +399,7 @@ class Reflector:
         self._back_off()
         self._fails_later = self._status == 200
         ref = Ref("API", "", self.resource.name)
-        trouble = Problem(ref, "", f"{reason}; the kernel keeps what it has, and it is tried again")
+        trouble = Problem(ref, "", reason)
         if trouble == self._trouble:
             return []
         self._trouble = trouble
