@@ -115,6 +115,13 @@ def test_mounts_and_volumes_agree(overlay: str) -> None:
         assert mode == overlay
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_pod_starts_without_an_address_of_the_api_server_that_needs_no_service(overlay: str) -> None:
+    (container,) = pod(built(overlay))["containers"]
+    required = [{"configMapRef": {"name": "miniproxy-api-server"}}]
+    assert container.get("envFrom", []) == ([] if overlay == "kubeadm" else required)
+
+
 @pytest.fixture(scope="module")
 def node() -> Iterator[Namespace]:
     with Namespace.create() as namespace:
