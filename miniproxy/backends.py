@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -43,8 +44,8 @@ def choose(settings: Settings, *, probing: bool = True) -> Dataplane:
         return _nftables()
     variant = _variant(settings, probing)
     if settings.mode == "ipvs":
-        return _ipvs(settings, variant, probing)
-    backends = {family: Iptables(family, variant) for family in _iptables_families(variant, probing)}
+        return _ipvs(settings, variant)
+    backends = {family: Iptables(family, variant) for family in _iptables_families(variant)}
     return Dataplane(iptables, backends, lambda: sysctl.prepare_iptables(settings), variant=variant)
 
 
@@ -61,9 +62,11 @@ def _families() -> list[Family]:
     return [Family.V4, Family.V6] if has_ipv6() else [Family.V4]
 
 
-def _iptables_families(variant: Variant, probing: bool) -> list[Family]:
+def _iptables_families(variant: Variant) -> list[Family]:
+    """Only root can ask the kernel; for others, who plan, a family is taken to be there."""
     found = _families()
-    if probing and Family.V6 in found and (problem := kernel_iptables.missing(Family.V6, variant)):
+    root = os.geteuid() == 0
+    if root and Family.V6 in found and (problem := kernel_iptables.missing(Family.V6, variant)):
         log.warning("IPv6 is left out: %s", problem)
         found.remove(Family.V6)
     return found
@@ -76,11 +79,11 @@ def _nftables() -> Dataplane:
     return Dataplane(nftables, backends, kernel_nftables.check)
 
 
-def _ipvs(settings: Settings, variant: Variant, probing: bool) -> Dataplane:
+def _ipvs(settings: Settings, variant: Variant) -> Dataplane:
     from .planner import ipvs
     from .planner.ipvs_text import LAYOUT
 
-    families = _iptables_families(variant, probing)
+    families = _iptables_families(variant)
     draining = {family: Draining(kernel_ipvs.Connections(), time.monotonic) for family in families}
     backends = {
         family: kernel_ipvs.IpvsBackend(family, settings, Iptables(family, variant, layout=LAYOUT), draining[family])

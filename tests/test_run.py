@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -126,6 +127,22 @@ def test_a_signal_during_a_reload_is_not_lost(node: Node, pause: float) -> None:
         time.sleep(pause)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def test_a_node_without_ip6tables_is_served_in_the_family_it_has(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family that fails for ever would make the agent unhealthy, and keep what another mode left."""
+    refuse = tmp_path / "ip6tables-nft"
+    refuse.write_text("#!/bin/sh\necho \"can't initialize ip6tables table 'nat': Table does not exist\" >&2\nexit 3\n")
+    refuse.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    node.namespace.run("nft", "add table ip miniproxy")
+    with node.agent():
+        node.wait(lambda: "removed what another mode had left" in node.log.read_text())
+        assert "IPv6 is left out: ip6tables-nft: can't initialize" in node.log.read_text()
+        assert "sync failed" not in node.log.read_text()
+        assert node.namespace.run("ip6tables-nft-save") == ""
 
 
 def test_oom_score_and_bind_address_are_heeded(node: Node) -> None:

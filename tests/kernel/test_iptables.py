@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from miniproxy.agent import Agent
 from miniproxy.config import Settings
 from miniproxy.kernel.exec import Completed, run
-from miniproxy.kernel.iptables import Iptables, Variant, cleanup, detect_variant
+from miniproxy.kernel.iptables import Iptables, Variant, cleanup, detect_variant, missing
 from miniproxy.model import Batch, Family, Object, ServicePortName
 from miniproxy.planner import iptables, ipvs_text
 from miniproxy.planner.iptables import Chain
@@ -138,6 +138,26 @@ def test_what_others_made_survives_start_changes_and_cleanup(namespace: Namespac
     assert cleanup(Family.V4, variant, run) > 0
     assert rules_of(kernel) == before, "KUBE-MARK-MASQ stays too, somebody else jumps to it"
     assert cleanup(Family.V4, variant, run) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (Completed(0, "-P POSTROUTING ACCEPT", ""), ""),
+        (Completed(3, "", "can't initialize ip6tables table `nat'"), "ip6tables-legacy: can't initialize"),
+        (Completed(4, "", "Another app is currently holding the xtables lock."), ""),
+        (FileNotFoundError(), "ip6tables-legacy is not installed"),
+    ],
+)
+def test_a_family_is_missing_only_if_it_will_stay_so(answer: Completed | Exception, said: str) -> None:
+    def runner(argv: Sequence[str], text: Iterable[str] = (), timeout: float = 60.0) -> Completed:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    found = missing(Family.V6, "legacy", runner)
+    assert found.startswith(said)
+    assert bool(found) is bool(said)
 
 
 def rules_of(kernel: Iptables) -> list[str]:
