@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from .transaction import Backend, TransactionError
 log = logging.getLogger(__name__)
 
 _MEANWHILE = "; what was known before is still served, and it is tried again"  # when a source cannot be read
+_STEP = 250  # service ports
 _LOOK_HOLDS = 10.0  # seconds for which the first sync believes what `look` has read
 
 
@@ -88,7 +89,6 @@ class Agent:
         self._count = dict.fromkeys(backends, 0)  # and of each family
         self._suspect: set[Family] = set(backends)  # whose kernel state has to be read before it is written
         self._aside: dict[Family, set[ServicePortName]] = {family: set() for family in backends}
-        self._planning = dict.fromkeys(backends, 0.0)  # seconds spent on it since the last sync
         self._compared: set[Family] = set()  # whose kernel state has been read since the last sync
         self._seen: dict[Family, Mapping[Hashable, Any]] = {}  # the kernel state as `look` has read it
         self._seen_at = 0.0
@@ -113,14 +113,23 @@ class Agent:
 
     def replan(self) -> None:
         """Bring what should be up to date with what is known: work in proportion to what changed."""
+        for steps in self._steps().values():
+            _exhaust(steps)
+
+    def _steps(self) -> dict[Family, Iterator[None]]:
+        """What `replan` does for each family, to be done step by step and to its end. The frame is planned now."""
         if self._planned_for != self.tracker.node:
             self.plan_frame()
         touched = self.tracker.take()
-        for family in self.reconcilers:
-            start = self._clock()
-            for key, endpoints in self._with_endpoints(family, [key for key in touched if key[1] is family]):
-                self._plan_safely(key, endpoints)
-            self._planning[family] += self._clock() - start
+        return {f: self._plan_all(f, [key for key in touched if key[1] is f]) for f in self.reconcilers}
+
+    def _plan_all(self, family: Family, touched: list[PortKey]) -> Iterator[None]:
+        yield
+        for number, (key, endpoints) in enumerate(self._with_endpoints(family, touched), 1):
+            self._plan_safely(key, endpoints)
+            if number % _STEP == 0:
+                yield
+        yield
 
     def _with_endpoints(self, family: Family, touched: list[PortKey]) -> list[tuple[PortKey, list[Endpoint]]]:
         """The service ports to plan: those touched, or all when their endpoints have become many, or few again."""
@@ -172,8 +181,7 @@ class Agent:
 
     def sync(self) -> list[Synced]:
         """Make the kernel follow. A family that fails is read again, and searched for the bad object, next time."""
-        self.replan()
-        return [self._sync(family, reconciler) for family, reconciler in self.reconcilers.items()]
+        return [self._sync(family, steps) for family, steps in self._steps().items()]
 
     def check(self) -> dict[Family, int]:
         """Read the kernel back and count what is not as it should be (drift); sync then repairs it."""
@@ -217,22 +225,41 @@ class Agent:
         reasons = [f"{_traffic(k)} belongs to {winner}" for k, winner in conflicts]
         self._state(family, name, [*reasons, *reservations], "Conflict" if reasons else "Refused")
 
-    def _sync(self, family: Family, reconciler: Reconciler) -> Synced:
-        start = self._clock() - self._planning[family]
-        self._planning[family] = 0.0
+    def _sync(self, family: Family, steps: Iterator[None]) -> Synced:
+        start = self._clock()
+        reconciler = self.reconcilers[family]
         full = family in self._suspect | self._compared
         self._compared.discard(family)
         try:
-            if family in self._suspect:
-                reconciler.adopt(self._take_seen(family))
-            result = reconciler.sync(bisect=family in self._suspect)
+            result = self._write(family, reconciler, steps)
         except TransactionError as error:
             self._suspect.add(family)
             return Synced(family, None, str(error), self._clock() - start, full)
+        finally:
+            _exhaust(steps)
         self._suspect.discard(family)
         self._tell_set_aside(family, reconciler, result)
         self._forget_flows(family)
         return Synced(family, result, "", self._clock() - start, full)
+
+    def _write(self, family: Family, reconciler: Reconciler, steps: Iterator[None]) -> Result:
+        """Plan and write. A kernel that has nothing yet is written while it is planned, where its tool is slow."""
+        if family not in self._suspect:
+            _exhaust(steps)
+            return reconciler.sync(bisect=False)
+        seen = self._take_seen(family)
+        found = reconciler.backend.read() if seen is None else seen
+        try:
+            filled = reconciler.fill(found, steps)
+        except TransactionError as error:
+            if error.transient:
+                raise
+            filled, found = None, reconciler.backend.read()  # what spans tables is not atomic: look
+        if filled is not None:
+            return filled
+        _exhaust(steps)
+        reconciler.adopt(found)
+        return reconciler.sync()
 
     def _tell_set_aside(self, family: Family, reconciler: Reconciler, result: Result) -> None:
         """Which service ports the kernel has refused just now, and of which it has thought better."""
@@ -282,6 +309,11 @@ class Agent:
             return
         self._announce(news)
         self._observer.noticed(news)
+
+
+def _exhaust(steps: Iterator[None]) -> None:
+    for _ in steps:
+        pass
 
 
 def _traffic(key: Any) -> str:

@@ -7,7 +7,7 @@ Whoever observes must be quick and must not raise: it runs in the thread that ow
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from .flows import Stale
@@ -134,6 +134,18 @@ class ObservedBackend:
 
     def same(self, planned: Any, actual: Any) -> bool:
         return self.backend.same(planned, actual)
+
+    def stream(self, parts: Iterable[Sequence[Change]]) -> Transaction | None:
+        changes: list[Change] = []
+
+        def noted() -> Iterator[Sequence[Change]]:
+            for part in parts:
+                changes.extend(part)
+                yield part
+
+        transaction = self.backend.stream(noted())
+        self._rendered = (transaction, changes)
+        return transaction
 
     def render(self, changes: Sequence[Change]) -> Transaction:
         transaction = self.backend.render(changes)

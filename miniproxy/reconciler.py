@@ -7,8 +7,8 @@ the number of services, and nothing that is right is ever written again.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple
 
 from .model import ServicePortName
@@ -192,6 +192,44 @@ class Reconciler:
             # Reading back during the search may have found more that nobody wants.
             self._write(self._by_owner(), run)
         return Result(tuple(run.transactions), tuple(run.refused))
+
+    def fill(self, found: Mapping[Hashable, Any], steps: Iterable[object]) -> Result | None:
+        """The first sync, into a kernel that holds no more than `found`, of the frame: while `steps` go on stating what
+        service ports want, what they have stated is sent, so that a tool that reads slowly has begun.
+
+        None, and no step is done, where there is more in the kernel or the backend has no use for it. Raises
+        TransactionError; then `adopt` has to find out what is.
+        """
+        if len(self._wanted) > 1 or any(key not in self._desired for key in found):
+            return None
+        sent: dict[Hashable, Change] = {}
+        again: dict[Hashable, Owner] = {}
+
+        def parts() -> Iterator[list[Change]]:
+            for _ in steps:
+                dirty, self._dirty = self._dirty, {}
+                again.update((key, owner) for key, owner in dirty.items() if key in sent)
+                keys = [key for key in dirty if key not in sent and key in self._desired]
+                part = self._changes([keys])
+                sent.update(zip(keys, part, strict=True))
+                if part:
+                    yield part
+
+        coming = parts()
+        first: list[list[Change]] = []
+        transaction = self.backend.stream(chain(first, coming))
+        if transaction is None:
+            return None
+        self._read(found)
+        first.extend(islice(coming, 1))
+        if not first:
+            return Result()
+        self.backend.apply(transaction)
+        self._applied.update((key, change.after) for key, change in sent.items())
+        for key, owner in again.items():
+            self._compare(key, owner)
+        more = self.sync(bisect=False)
+        return Result((transaction, *more.transactions))
 
     def preview(self) -> Transaction:
         """The transaction that sync would send if one were enough."""

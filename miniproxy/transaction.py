@@ -99,6 +99,12 @@ class Backend(Protocol):
         """Whether an object read is the object planned."""
         ...
 
+    def stream(self, parts: Iterable[Sequence[Change]]) -> Transaction | None:
+        """One transaction of changes that are found while it is sent, each of another key; what one refers to comes
+        with it or before it. None where that would not save time.
+        """
+        ...
+
     def render(self, changes: Sequence[Change]) -> Transaction:
         """Pure: the transaction that makes these changes."""
         ...

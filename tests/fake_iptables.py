@@ -6,7 +6,7 @@ It executes the very text that iptables-restore would be given, table by table, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from miniproxy.planner import rules
@@ -35,6 +35,9 @@ class FakeIptables:
 
     def same(self, planned: IptablesObject, actual: IptablesObject) -> bool:
         return rules.same(planned, actual)
+
+    def stream(self, parts: Iterable[Sequence[Change]]) -> Transaction | None:
+        return None if self.batch else rules.stream(parts)
 
     def render(self, changes: Sequence[Change]) -> Transaction:
         return rules.render(changes)

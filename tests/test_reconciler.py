@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from miniproxy.model import ServicePortName
@@ -192,4 +194,93 @@ def test_drift_is_found_and_repaired(reconciler: Reconciler, kernel: FakeIptable
     kernel.tables["nat"][objects(3)[0].key[2]] = []
     assert reconciler.adopt() == 2
     reconciler.sync()
+    assert reconciler.adopt() == 0
+
+
+# -- the first sync, while it is planned
+
+
+def test_what_is_stated_is_sent_while_the_rest_is_being_stated(reconciler: Reconciler, kernel: FakeIptables) -> None:
+    told: list[str] = []
+
+    def steps() -> Iterator[None]:
+        yield
+        for n in (2, 3):
+            told.append(f"svc {n} stated")
+            reconciler.set(name(n), objects(n))
+            yield
+
+    def apply(transaction: Transaction) -> None:
+        for piece in transaction:
+            told.extend(f"svc {n} sent" for n in (2, 3) if f"-d 10.0.0.{n}/32" in piece)
+        FakeIptables.apply(kernel, transaction)
+
+    kernel.apply = apply  # type: ignore[method-assign]
+    result = reconciler.fill({}, steps())
+    assert result
+    assert told == ["svc 2 stated", "svc 2 sent", "svc 3 stated", "svc 3 sent"]
+    assert len(result.transactions) == 1
+    assert_as_planned(reconciler)
+
+
+def test_who_wins_a_conflict_does_not_depend_on_who_was_sent_first(
+    reconciler: Reconciler, kernel: FakeIptables
+) -> None:
+    winner, loser = objects(3), objects(2)
+    claimed, chain = winner[1].added()[0].removeprefix("-I KUBE-SERVICES "), winner[0].key[2]
+    other = claimed.replace(chain, loser[0].key[2])
+    loser[1] = DispatchRule("nat", "KUBE-SERVICES", winner[1].key[3], other)
+
+    def steps() -> Iterator[None]:
+        yield
+        reconciler.set(name(9), loser)
+        yield
+        reconciler.set(name(1), winner)
+        yield
+
+    assert reconciler.fill({}, steps())
+    assert [rule.rpartition(" ")[2] for rule in kernel.tables["nat"]["KUBE-SERVICES"]] == [chain]
+    assert_as_planned(reconciler)
+
+
+def test_where_there_is_something_already_no_step_is_done(reconciler: Reconciler, kernel: FakeIptables) -> None:
+    reconciler.set(name(2), objects(2))
+    reconciler.sync()
+    restarted = Reconciler(kernel)
+    restarted.frame([DispatchChain("nat", "KUBE-SERVICES")])
+    steps = iter([None])
+    assert restarted.fill(kernel.read(), steps) is None
+    assert next(steps, "done already") is None
+    assert Reconciler(FakeIptables(batch=500)).fill({}, iter([None])) is None
+
+
+def test_where_nothing_is_to_be_done_nothing_is_sent(kernel: FakeIptables) -> None:
+    for _ in range(2):
+        reconciler = Reconciler(kernel)
+        reconciler.frame([DispatchChain("nat", "KUBE-SERVICES")])
+        assert reconciler.fill(kernel.read(), iter([None, None])) is not None
+    assert len(kernel.sent) == 1
+
+
+def test_after_a_failure_all_of_it_is_written(reconciler: Reconciler, kernel: FakeIptables) -> None:
+    def steps() -> Iterator[None]:
+        yield
+        for n in range(2, 8):
+            reconciler.set(name(n), objects(n))
+            yield
+
+    planning = steps()
+    kernel.refuses = lambda line: "-d 10.0.0.4/32" in line
+    with pytest.raises(TransactionError, match=r"10\.0\.0\.4"):
+        reconciler.fill({}, planning)
+    kernel.refuses = lambda line: False
+    assert list(planning) == [], "the tool was told all of it before it said no"
+    assert reconciler.adopt() > 0
+    reconciler.sync()
+    assert len(kernel.tables["nat"]["KUBE-SERVICES"]) == 6
+    assert_as_planned(reconciler)
+
+
+def assert_as_planned(reconciler: Reconciler) -> None:
+    assert reconciler.pending() == 0
     assert reconciler.adopt() == 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
@@ -69,32 +69,52 @@ def _initialize(loaded: Loaded) -> None:
 
 
 class _Signals:
-    """Hands signals to whoever serves, as commands; what comes while nobody does waits for the next."""
+    """Hands signals to whoever serves, as commands; what comes while nobody does waits for the next.
+
+    A thread reads them from where the interpreter writes them at once. Handlers run in the main thread, which does not
+    notice a signal that comes just before it begins to wait.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._loop: SyncLoop | None = None
         self._waiting: list[Command] = []
+        self._taken = False
 
     def go_to(self, loop: SyncLoop) -> None:
-        for command in self._waiting:
-            loop.inbox.put(command)
-        self._waiting.clear()
-        self._loop = loop
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
+        with self._lock:
+            for command in self._waiting:
+                loop.inbox.put(command)
+            self._waiting.clear()
+            self._loop = loop
+        if not self._taken:
+            self._take()
 
     def wait(self) -> None:
         """From now on keep what comes, and what the loop has not taken."""
-        if self._loop is not None:
-            loop, self._loop = self._loop, None
-            self._waiting += loop.commands_left()
+        with self._lock:
+            if self._loop is not None:
+                self._waiting += self._loop.commands_left()
+                self._loop = None
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        command: Command = "reload" if number == signal.SIGHUP else "stop"
-        if self._loop is None:
-            self._waiting.append(command)
-        else:
-            self._loop.inbox.put(command)
+    def _take(self) -> None:
+        self._taken = True
+        readable, writable = os.pipe()
+        os.set_blocking(writable, False)
+        signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._follow, args=(readable,), name="signals", daemon=True).start()
+
+    def _follow(self, readable: int) -> None:
+        while True:
+            for number in os.read(readable, 64):
+                command: Command = "reload" if number == signal.SIGHUP else "stop"
+                with self._lock:
+                    if self._loop is None:
+                        self._waiting.append(command)
+                    else:
+                        self._loop.inbox.put(command)
 
 
 def _serve(loaded: Loaded, dataplane: Dataplane | None, signals: _Signals) -> str:

@@ -75,6 +75,10 @@ class Iptables:
     def render(self, changes: Sequence[Change]) -> Transaction:
         return rules.render(self.possible(changes))
 
+    def stream(self, parts: Iterable[Sequence[Change]]) -> Transaction | None:
+        # The nft variant is given chains in batches; the legacy tool reads for longer than planning takes.
+        return None if self.batch else rules.stream(parts)
+
     def possible(self, changes: Sequence[Change]) -> Sequence[Change]:
         """These changes, but that a chain that rules of others jump to is emptied: deleting it is refused."""
         return [self._possible(c) for c in changes] if self._borrowed else changes

@@ -395,6 +395,9 @@ class IpvsBackend:
             return bool(planned == actual)
         return rules.same(planned, actual)
 
+    def stream(self, parts: Iterable[Sequence[Change]]) -> Transaction | None:
+        return None
+
     def render(self, changes: Sequence[Change]) -> Transaction:
         return ipvs_text.render(self._iptables.possible(changes))
 

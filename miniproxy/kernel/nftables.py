@@ -82,6 +82,9 @@ class Nftables:
             return (planned.hook, planned.marks) == (actual.hook, actual.marks)
         return planned == actual
 
+    def stream(self, parts: Iterable[Sequence[Change]]) -> Transaction | None:
+        return None
+
     def render(self, changes: Sequence[Change]) -> Transaction:
         script = nft_script.render(self.family, changes, self._held, absent=self._absent)
         self._rendered = script.transaction, script

@@ -66,17 +66,51 @@ def render(changes: Sequence[Change]) -> Transaction:
     return Transaction(pieces)
 
 
+def stream(parts: Iterable[Sequence[Change]]) -> Transaction:
+    """As `render`, of changes that come in parts while it is printed for the first time.
+
+    The table nat goes first, since nearly all is in it, and filter when it is known: what nat does not translate yet
+    nobody is served by.
+    """
+    told: list[Sequence[Change]] = []
+    coming = iter(parts)
+
+    def every() -> Iterator[Sequence[Change]]:
+        yield from told
+        for part in coming:
+            told.append(part)
+            yield part
+
+    def pieces() -> Iterator[str]:
+        others: list[Change] = []
+        yield "*nat\n"
+        for part in every():
+            yield from _body([c for c in part if c.key[1] == "nat"])
+            others += [c for c in part if c.key[1] != "nat"]
+        yield "COMMIT\n"
+        if others:
+            yield from _table("filter", others)
+
+    return Transaction(pieces)
+
+
 def _table(table: str, changes: Sequence[Change]) -> Iterator[str]:
+    yield f"*{table}\n"
+    yield from _body(changes)
+    yield "COMMIT\n"
+
+
+def _body(changes: Sequence[Change]) -> Iterator[str]:
     # Naming a chain makes it, or empties it: with its rules go its references to chains that are to be dropped.
     emptied = {c.key[2] for c in changes if c.key[0] == "chain" and _empties(c)}
     dropped = sorted(c.key[2] for c in changes if c.after is None and c.key[0] == "chain")
     # Downwards: both variants keep chains in a sorted list and look for a new one's place from its front, so this
     # saves a fifth of the tool's time.
-    yield _piece([f"*{table}", *(f":{name} - [0:0]" for name in sorted(emptied, reverse=True))])
+    yield _piece(f":{name} - [0:0]" for name in sorted(emptied, reverse=True))
     # The key's third part is the chain, whatever the object.
     yield from _lines(c.before.removed() for c in changes if c.before is not None and c.key[2] not in emptied)
     yield from _lines(c.after.added() for c in changes if c.after is not None)
-    yield _piece([*(f"-X {name}" for name in dropped), "COMMIT"])
+    yield _piece(f"-X {name}" for name in dropped)
 
 
 def _lines(groups: Iterable[list[str]]) -> Iterator[str]:

@@ -58,6 +58,9 @@ class FakeIpvs:
     def same(self, planned: Any, actual: Any) -> bool:
         return bool(planned == actual) if isinstance(planned, _ALIKE) else rules.same(planned, actual)
 
+    def stream(self, parts: Iterable[Sequence[Change]]) -> Transaction | None:
+        return None
+
     def render(self, changes: Sequence[Change]) -> Transaction:
         return ipvs_text.render(changes)
 
