@@ -92,9 +92,7 @@ class ServicePort(msgspec.Struct, frozen=True, gc=False):
     node_port: int = 0  # 0: none
     external_ips: tuple[str, ...] = ()
     load_balancer_ips: tuple[str, ...] = ()  # ingress addresses with ipMode VIP
-    source_ranges: tuple[
-        str, ...
-    ] = ()  # CIDRs, none of them /0; they guard load_balancer_ips only; () lets everybody in
+    source_ranges: tuple[str, ...] = ()  # CIDRs but /0; they guard load_balancer_ips only; () lets everybody in
     affinity_seconds: int = 0  # ClientIP affinity time-out; 0: none
     internal_local: bool = False  # internalTrafficPolicy: Local
     external_local: bool = False  # externalTrafficPolicy: Local

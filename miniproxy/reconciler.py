@@ -221,7 +221,7 @@ class Reconciler:
         if transaction is None:
             return None
         self._read(found)
-        first.extend(islice(coming, 1))
+        first.extend(islice(coming, 1))  # only now is it known whether there is anything to send
         if not first:
             return Result()
         self.backend.apply(transaction)

@@ -67,8 +67,11 @@ def find_places(agent: Agent, problems: Sequence[Problem], target: str) -> list[
     from ..explain import concerns, places
     from ..sources.checks import address
 
+    def served(**where: Any) -> list[Place]:
+        return [p for p in places(agent.tracker, **where) if p.port.family in agent.reconcilers]
+
     if "/" in target:
-        found = [p for p in places(agent.tracker, service=target) if p.port.family in agent.reconcilers]
+        found = served(service=target)
         if found:
             return found
         wrong = [str(p) for p in problems if concerns(p, *target.split("/", 1)) or p.ref.kind in ("API", "File")]
@@ -88,8 +91,7 @@ def find_places(agent: Agent, problems: Sequence[Problem], target: str) -> list[
     if not number.isdigit() or not host:
         raise Failure(f"{target}: write NAMESPACE/NAME, ADDRESS:PORT or [ADDRESS]:PORT", code=2)
     ip = address(host.strip("[]"))
-    found = places(agent.tracker, address=ip, number=int(number)) if ip else []
-    found = [p for p in found if p.port.family in agent.reconcilers]
+    found = served(address=ip, number=int(number)) if ip else []
     if not found:
         elsewhere = places(agent.tracker, address=ip) if ip else []
         ports = ", ".join(sorted({f"{p.number}/{p.port.name.protocol}" for p in elsewhere}))

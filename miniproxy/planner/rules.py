@@ -212,13 +212,16 @@ def _ours(table: str, name: str, rules: list[str], layout: Layout) -> Iterator[I
 
 def _hooks(table: str, rule: str, layout: Layout) -> bool:
     """Whether a rule of a built-in chain is one that only a service proxy makes there."""
-    named = layout.fixed.get(table, set()) | layout.dispatch.get(table, set())
-    return _target(rule) in named - {MARK_MASQ}
+    target = _target(rule)
+    return target != MARK_MASQ and _is_named(table, target, layout)
 
 
 def _is_ours(table: str, name: str, layout: Layout) -> bool:
-    named = layout.fixed.get(table, set()) | layout.dispatch.get(table, set())
-    return name in named or (table == "nat" and bool(_PER_SERVICE.match(name)))
+    return _is_named(table, name, layout) or (table == "nat" and bool(_PER_SERVICE.match(name)))
+
+
+def _is_named(table: str, name: str, layout: Layout) -> bool:
+    return name in layout.fixed.get(table, ()) or name in layout.dispatch.get(table, ())
 
 
 def _target(rule: str) -> str:
